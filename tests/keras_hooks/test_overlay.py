@@ -1,0 +1,231 @@
+"""The call overlay, and the private Keras API it relies on."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+from keras.src.backend.common import global_state
+
+from tfcompress.keras_hooks import overlay as overlays
+from tfcompress.keras_hooks.overlay import Overlay, attach
+
+SEQUENCE = (2, 6, 4)
+IMAGE = (2, 6, 6, 4)
+KINDS = {
+    "Dense": (lambda: layers.Dense(3, activation="tanh"), (2, 4)),
+    "EinsumDense": (lambda: layers.EinsumDense("abc,cd->abd", (None, 3)), SEQUENCE),
+    "Conv1D": (lambda: layers.Conv1D(3, 2), SEQUENCE),
+    "Conv2D": (lambda: layers.Conv2D(3, 2), IMAGE),
+    "Conv3D": (lambda: layers.Conv3D(3, 2), (2, 3, 3, 3, 2)),
+    "Conv2DTranspose": (lambda: layers.Conv2DTranspose(3, 2), IMAGE),
+    "DepthwiseConv2D": (lambda: layers.DepthwiseConv2D(2), IMAGE),
+    "SeparableConv2D": (lambda: layers.SeparableConv2D(3, 2), IMAGE),
+    "Embedding": (lambda: layers.Embedding(5, 3), (2, 4)),
+    "MultiHeadAttention": (lambda: SelfAttention(), SEQUENCE),
+    "LSTM": (lambda: layers.LSTM(3), SEQUENCE),
+    "GRU": (lambda: layers.GRU(3), SEQUENCE),
+    "SimpleRNN": (lambda: layers.SimpleRNN(3), SEQUENCE),
+    "Bidirectional": (lambda: layers.Bidirectional(layers.LSTM(3)), SEQUENCE),
+    "ConvLSTM2D": (lambda: layers.ConvLSTM2D(2, 2), (2, 3, 4, 4, 2)),
+    "TimeDistributed": (lambda: layers.TimeDistributed(layers.Dense(3)), SEQUENCE),
+    "Sequential": (lambda: keras.Sequential([layers.Dense(3), layers.Dense(2)]), (2, 4)),
+    "BatchNormalization": (lambda: layers.BatchNormalization(), (8, 4)),
+}
+
+
+class SelfAttention(layers.MultiHeadAttention):
+    def __init__(self):
+        super().__init__(num_heads=2, key_dim=3)
+
+    def build(self, shape):
+        super().build(shape, shape)
+
+    def call(self, x):
+        return super().call(x, x)
+
+
+def triple(w):
+    return 3.0 * w
+
+
+def built(kind):
+    make, shape = KINDS[kind]
+    layer = make()
+    layer.build(shape)
+    x = np.random.default_rng(0).integers(0, 5, shape).astype("float32") / 4
+    return layer, tf.constant(x * 4 if kind == "Embedding" else x)
+
+
+def run(layer, x, jit=False):
+    @tf.function(jit_compile=jit)
+    def step():
+        with tf.GradientTape() as tape:
+            y = layer(x, training=True) if layer._call_has_training_arg else layer(x)
+            loss = tf.reduce_sum(tf.square(y))
+        return y, tape.gradient(loss, [v.value for v in layer.trainable_variables])
+
+    return step()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_and_gradients_equal_those_of_a_layer_with_the_replaced_weights(kind):
+    layer, x = built(kind)
+    by_hand, _ = built(kind)
+    kernels = [i for i, v in enumerate(layer.trainable_variables) if len(v.shape) > 1]
+    by_hand.set_weights(layer.get_weights())
+    for index in kernels:
+        variable = by_hand.trainable_variables[index]
+        variable.assign(3.0 * variable)
+    weights = [(layer.trainable_variables[index], triple) for index in kernels]
+    remove = attach(layer, Overlay(weights=weights))
+    y, gradients = run(layer, x)
+    expected, by_hand_gradients = run(by_hand, x)
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+    for index, (ours, theirs) in enumerate(zip(gradients, by_hand_gradients, strict=True)):
+        factor = 3.0 if index in kernels else 1.0
+        np.testing.assert_allclose(
+            tf.convert_to_tensor(ours), factor * tf.convert_to_tensor(theirs), rtol=1e-3, atol=1e-4
+        )
+    for ours, theirs in zip(
+        layer.non_trainable_variables, by_hand.non_trainable_variables, strict=True
+    ):
+        if "float" in ours.dtype:  # BatchNormalization's statistics were updated through it.
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+    remove()
+    assert "call" not in layer.__dict__
+
+
+@pytest.mark.parametrize("kind", ["Conv2D", "GRU", "BatchNormalization"])
+def test_xla_equals_graph(kind):
+    layer, x = built(kind)
+    start = layer.get_weights()
+    attach(layer, Overlay(weights=[(layer.trainable_variables[0], triple)], output=triple))
+    y, gradients = run(layer, x)
+    after = layer.get_weights()
+    layer.set_weights(start)
+    y_xla, gradients_xla = run(layer, x, jit=True)
+    for a, b in zip(
+        [y, *gradients, *after], [y_xla, *gradients_xla, *layer.get_weights()], strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_a_detached_layer_is_as_before():
+    layer, x = built("Dense")
+    before = layer(x).numpy()
+    attributes = set(vars(layer))
+    removes = [attach(layer, Overlay(output=triple)), attach(layer, Overlay(inputs=[triple]))]
+    assert not np.allclose(layer(x), before)
+    for remove in removes:  # Not in the order of a stack.
+        remove()
+    np.testing.assert_array_equal(layer(x), before)
+    assert set(vars(layer)) == attributes
+
+
+def test_several_overlays_compose():
+    layer = layers.Dense(1, use_bias=False, kernel_initializer="ones")
+    layer.build((None, 1))
+    attach(layer, Overlay(weights=[(layer.kernel, lambda w: w + 1.0)], output=lambda y: y + 1.0))
+    attach(layer, Overlay(weights=[(layer.kernel, lambda w: w * 10.0)], output=lambda y: y * 10.0))
+    # Weights: the last attached first. Outputs: the last attached last.
+    assert float(layer(tf.ones((1, 1)))[0, 0]) == ((1 * 10 + 1) + 1) * 10
+
+
+def test_the_function_of_a_layer_gets_rounded_input():
+    layer = layers.Dense(1, use_bias=False, kernel_initializer="ones", activation="relu")
+    layer.build((None, 1))
+    activation = layer.activation
+    attach(layer, Overlay(preactivation=tf.round))
+    assert float(layer(tf.constant([[1.4]]))[0, 0]) == 1.0
+    assert layer.activation is activation
+
+
+def test_only_floats_are_mapped_and_inputs_one_by_one():
+    class Pick(layers.Layer):
+        def call(self, inputs):
+            return inputs["a"], inputs["b"]
+
+    layer = Pick()
+    attach(layer, Overlay(inputs=[triple, None], output=lambda y: y + 1.0))
+    a, b = layer({"a": tf.constant([1.0]), "b": tf.constant([1])})
+    assert (float(a[0]), int(b[0])) == (4.0, 1)
+
+
+def test_losses_added_in_the_call_are_kept():
+    class Adds(layers.Dense):
+        def call(self, x):
+            self.add_loss(tf.reduce_sum(self.kernel))
+            return super().call(x)
+
+    layer = Adds(1, use_bias=False, kernel_initializer="ones")
+    layer.build((None, 2))
+    attach(layer, Overlay(weights=[(layer.kernel, triple)]))
+    layer(tf.ones((1, 2)))
+    np.testing.assert_allclose(layer.losses, [6.0])
+
+
+def test_mixed_precision_replaces_before_it_casts():
+    layer = layers.Dense(1, dtype="mixed_float16")
+    layer.build((None, 2))
+    seen = []
+    attach(layer, Overlay(weights=[(layer.kernel, lambda w: seen.append(w.dtype) or w)]))
+    assert layer(tf.ones((1, 2))).dtype == tf.float16
+    assert seen == [tf.float32]
+
+
+def test_keras_stateless_calls_see_through_it():
+    layer = layers.BatchNormalization()
+    layer.build((None, 2))
+    attach(layer, Overlay(weights=[(layer.gamma, triple)]))
+    x = tf.constant([[1.0, 2.0], [3.0, 6.0]])
+    y, updated = layer.stateless_call(
+        [v.value + 1.0 for v in layer.trainable_variables],
+        [v.value for v in layer.non_trainable_variables],
+        x,
+        training=True,
+    )
+    np.testing.assert_allclose(y, [[-5, -5], [7, 7]], rtol=2e-3)  # gamma 3 * (1 + 1), beta 1
+    np.testing.assert_allclose(updated[0], [0.02, 0.04], rtol=1e-5)
+    np.testing.assert_array_equal(layer.moving_mean, [0, 0])
+
+
+def test_training_is_known_inside_calls():
+    seen = []
+    inner = layers.Dense(1)
+    model = keras.Sequential([keras.Input((2,)), inner])
+    attach(inner, Overlay(output=lambda y: seen.append(overlays.in_training()) or y))
+    x = tf.ones((1, 2))
+    model(x, training=True), model(x, training=False), model(x)
+    with overlays.training_step():
+        model(x)
+    assert seen == [True, False, False, True]
+    assert not overlays.in_training()
+
+
+def test_outside_of_calls_hides_the_running_call():
+    class Inside(layers.Layer):
+        def call(self, x):
+            running = global_state.get_global_attribute("current_call_ctx")
+            with overlays.outside_of_calls():
+                assert tf.executing_eagerly()
+                assert global_state.get_global_attribute("current_call_ctx") is None
+                self.value = keras.ops.convert_to_numpy(keras.ops.ones(()) + 1)
+            assert global_state.get_global_attribute("current_call_ctx") is running is not None
+            return x
+
+    layer = Inside()
+    tf.function(lambda x: layer(x, training=True), autograph=False)(tf.ones((1, 1)))
+    assert layer.value == 2
+
+
+def test_an_operation_of_an_expanded_graph_leads_to_its_layer():
+    from tfcompress.graph import expand
+
+    inner = keras.Sequential([layers.ReLU(), layers.Dense(2)])
+    model = keras.Sequential([keras.Input((3,)), inner, layers.ReLU()])
+    original = overlays.original_layers(model)
+    found = [original(layer) for layer in expand(model).layers[1:]]
+    expected = [*inner.layers, model.layers[-1]]
+    assert all(a is b for a, b in zip(found, expected, strict=True))
+    assert original(keras.Operation()) is None

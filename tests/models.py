@@ -1,0 +1,78 @@
+"""Small models and data that tests share."""
+
+import keras
+import numpy as np
+
+
+def classification(num_examples=96, num_features=12, num_classes=3, seed=0):
+    """Features and labels that a linear model can learn."""
+    random = np.random.default_rng(seed)
+    x = random.normal(size=(num_examples, num_features)).astype("float32")
+    y = np.argmax(x @ random.normal(size=(num_features, num_classes)), axis=1)
+    return x, y.astype("int32")
+
+
+def mlp(num_features=12, num_classes=3):
+    """Two dense layers, built."""
+    return keras.Sequential(
+        [
+            keras.Input((num_features,)),
+            keras.layers.Dense(16, activation="relu", name="hidden"),
+            keras.layers.Dense(num_classes, name="head"),
+        ],
+        name="mlp",
+    )
+
+
+def unbuilt_mlp():
+    """Two dense layers that get their weights from the first batch."""
+    return keras.Sequential(
+        [
+            keras.layers.Dense(16, activation="relu", name="hidden"),
+            keras.layers.Dense(3, name="head"),
+        ]
+    )
+
+
+def nested():
+    """A Functional model with a Sequential inside, and a layer that is used twice."""
+    inner = keras.Sequential(
+        [keras.layers.Dense(12, activation="relu", name="inner")], name="block"
+    )
+    shared = keras.layers.Dense(12, activation="relu", name="shared")
+    inputs = keras.Input((12,))
+    x = shared(shared(inner(inputs)))
+    return keras.Model(inputs, keras.layers.Dense(3, name="head")(x), name="nested")
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Residual(keras.Model):
+    """A subclassed model with a residual connection."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.first = keras.layers.Dense(12, activation="relu", name="first")
+        self.second = keras.layers.Dense(12, name="second")
+        self.head = keras.layers.Dense(3, name="head")
+
+    def call(self, inputs):
+        return self.head(inputs + self.second(self.first(inputs)))
+
+
+def subclassed():
+    """A built subclassed model."""
+    model = Residual(name="residual")
+    model(np.zeros((1, 12), "float32"))
+    return model
+
+
+def compile_classifier(model, optimizer="sgd", **kwargs):
+    """Compile for integer labels and logits."""
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss, **kwargs)
+    return model
+
+
+def kernels(model):
+    """Path -> array, for every weight with 2 or more axes."""
+    return {w.path: w.numpy() for w in model.trainable_variables if len(w.shape) > 1}

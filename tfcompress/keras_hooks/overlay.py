@@ -1,0 +1,218 @@
+"""The call overlay: what a layer computes with, replaced for as long as the overlay is on it.
+
+`layer.call` is hooked on the instance. While it runs, reading a mapped variable gives a computed
+tensor instead of its value; gradients flow through that tensor to the variable, and everything
+else (updates, losses, the variables themselves) is as if nothing were there.
+
+Private Keras API used here, each with a test in `tests/keras_hooks/test_overlay.py`:
+`StatelessScope.get_current_value`, `add_update` and `add_loss`, `Variable._value` and
+`_direct_assign`, `Layer._losses`, `_tracker` and `_flatten_layers`, and the global attributes
+`current_call_ctx`, `stateless_scope` and `autocast_scope`, which say what call is running.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras.src.backend.common import global_state
+from keras.src.backend.common.stateless_scope import get_stateless_scope
+
+from tfcompress.keras_hooks.hook import add_hook
+
+_TRAINING_STEP = contextvars.ContextVar("training_step", default=False)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Overlay:
+    """What to replace in a layer's call. Functions map a tensor to a tensor of the same shape.
+
+    Args:
+        weights: `(variable, fn)` pairs; the layer sees `fn(value)`, computed once a call, in the
+            dtype of the variable (mixed precision casts afterwards).
+        inputs: One function, or None, for each tensor of the first argument, flattened.
+        preactivation: Applied to what the layer passes to its own `activation`.
+        output: Applied to each floating-point tensor the layer returns.
+    """
+
+    weights: Sequence[tuple[keras.Variable, Callable]] = ()
+    inputs: Sequence[Callable | None] = ()
+    preactivation: Callable | None = None
+    output: Callable | None = None
+
+
+def attach(layer: keras.layers.Layer, overlay: Overlay) -> Callable[[], None]:
+    """Put an overlay on a layer, around the overlays already there.
+
+    The one attached last comes first to the weights and the inputs, and last to the output. A
+    compiled step must be traced again for it to take effect.
+
+    Args:
+        layer: A layer; the variables that the overlay maps exist.
+        overlay: What to replace.
+
+    Returns:
+        A function that takes it off; others stay. Without any, the layer is as it was before.
+
+    Example:
+
+    >>> import keras
+    >>> layer = keras.layers.Dense(1, use_bias=False, kernel_initializer="ones")
+    >>> layer.build((None, 2))
+    >>> remove = attach(layer, Overlay(weights=[(layer.kernel, lambda w: 10.0 * w)]))
+    >>> float(layer(keras.ops.ones((1, 2)))[0, 0])
+    20.0
+    >>> remove()
+    >>> float(layer(keras.ops.ones((1, 2)))[0, 0])
+    2.0
+    """
+    return add_hook(layer, "call", functools.partial(call_through, layer, overlay))
+
+
+@contextlib.contextmanager
+def attached(pairs: Iterable[tuple[keras.layers.Layer, Overlay]]) -> Iterator[None]:
+    """Overlays on several layers for the length of a `with` block, whatever happens in it."""
+    with contextlib.ExitStack() as stack:
+        for layer, overlay in pairs:
+            stack.callback(attach(layer, overlay))
+        yield
+
+
+def call_through(layer: keras.layers.Layer, overlay: Overlay, call: Callable, *args, **kwargs):
+    """Run `call(*args, **kwargs)`, which reads the variables of `layer`, under an overlay."""
+    if overlay.inputs and args:
+        args = (_map_each(overlay.inputs, args[0]), *args[1:])
+    with _weights(layer, overlay.weights), _preactivation(layer, overlay.preactivation):
+        outputs = call(*args, **kwargs)
+    return outputs if overlay.output is None else _map_floats(overlay.output, outputs)
+
+
+def original_layers(model: keras.Model) -> Callable[[keras.Operation], keras.layers.Layer | None]:
+    """A function from an operation of a graph expanded from `model` to its layer in `model`.
+
+    A flat graph may hold another object for a layer, with the same state; a layer's tracker is
+    part of that state, and belongs to that layer alone. Ops that are not layers give None.
+    """
+    layers = {id(layer._tracker): layer for layer in model._flatten_layers()}
+    return lambda operation: layers.get(id(getattr(operation, "_tracker", None)))
+
+
+def children(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """The layers directly inside a layer."""
+    return list(layer._flatten_layers(include_self=False, recursive=False))
+
+
+def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
+    """A layer and the layers in it at any depth, each once."""
+    unique = {id(each): each for each in layer._flatten_layers()}
+    return list(unique.values())
+
+
+@contextlib.contextmanager
+def outside_of_calls() -> Iterator[None]:
+    """Run a block eagerly and as if no layer were being called, in the middle of a traced call."""
+    names = ("current_call_ctx", "stateless_scope", "autocast_scope")
+    values = {name: global_state.get_global_attribute(name) for name in names}
+    with tf.init_scope():
+        try:
+            for name in names:
+                global_state.set_global_attribute(name, None)
+            yield
+        finally:
+            for name, value in values.items():
+                global_state.set_global_attribute(name, value)
+
+
+@contextlib.contextmanager
+def training_step() -> Iterator[None]:
+    """Calls in this block are training, whether or not anyone passes `training`.
+
+    A subclassed model whose `call` takes no `training` is not told, nor are the layers in it.
+    """
+    token = _TRAINING_STEP.set(True)
+    try:
+        yield
+    finally:
+        _TRAINING_STEP.reset(token)
+
+
+def in_training() -> bool:
+    """Whether the call that is running is part of a training step, or made with `training=True`."""
+    context = global_state.get_global_attribute("current_call_ctx")
+    told = context is not None and context.get_value("training")
+    return bool(told or _TRAINING_STEP.get())
+
+
+def raw_value(variable: keras.Variable) -> tf.Tensor:
+    """The value a call sees for a variable, without the cast of mixed precision."""
+    scope = get_stateless_scope()
+    value = scope.get_current_value(variable) if scope is not None else None
+    return tf.convert_to_tensor(variable._value if value is None else value)
+
+
+class _WeightsScope(keras.StatelessScope):
+    """A scope that replaces what is read and lets everything that is written through."""
+
+    def __init__(self, layer: keras.layers.Layer, replaced: dict[int, tf.Tensor]):
+        super().__init__(collect_losses=True, initialize_variables=False)
+        self.layer = layer
+        self.parent = get_stateless_scope()
+        self.replaced = replaced
+
+    def get_current_value(self, variable):
+        if id(variable) in self.replaced:
+            return self.replaced[id(variable)]
+        return None if self.parent is None else self.parent.get_current_value(variable)
+
+    def add_update(self, update):
+        variable, value = update
+        if self.parent is None:
+            variable._direct_assign(value)
+        else:
+            self.parent.add_update(update)
+
+    def add_loss(self, loss):
+        if self.parent is None:
+            self.layer._losses.append(loss)
+        elif self.parent.collect_losses:
+            self.parent.add_loss(loss)
+
+
+def _weights(layer, weights):
+    if not weights:
+        return contextlib.nullcontext()
+    # Computed here, outside of any loop the layer runs, so that an RNN does it once a sequence.
+    replaced = {id(variable): fn(raw_value(variable)) for variable, fn in weights}
+    return _WeightsScope(layer, replaced)
+
+
+@contextlib.contextmanager
+def _preactivation(layer, fn):
+    activation = layer.__dict__.get("activation")
+    if fn is None or activation is None:
+        yield
+        return
+    # Past Keras's `__setattr__`, which would record the change in the state of the layer.
+    layer.__dict__["activation"] = lambda x, *args, **kwargs: activation(fn(x), *args, **kwargs)
+    try:
+        yield
+    finally:
+        layer.__dict__["activation"] = activation
+
+
+def _map_floats(fn, structure: Any) -> Any:
+    return keras.tree.map_structure(lambda x: _apply_to_float(fn, x), structure)
+
+
+def _map_each(fns, structure: Any) -> Any:
+    leaves = keras.tree.flatten(structure)
+    mapped = [_apply_to_float(fn, x) for fn, x in zip(fns, leaves, strict=True)]
+    return keras.tree.pack_sequence_as(structure, mapped)
+
+
+def _apply_to_float(fn, x):
+    return fn(x) if fn is not None and tf.is_tensor(x) and x.dtype.is_floating else x

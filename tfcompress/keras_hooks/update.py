@@ -1,0 +1,81 @@
+"""The optimizer's update: a hook that runs in the step, after the weights have changed."""
+
+from collections.abc import Callable, Sequence
+
+import keras
+import tensorflow as tf
+
+from tfcompress.keras_hooks.hook import add_hook
+
+
+def unwrap_optimizer(optimizer):
+    """The optimizer that changes the weights: what a `LossScaleOptimizer` wraps, or itself."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
+
+
+def around_update(optimizer: keras.optimizers.Optimizer, around: Callable) -> Callable[[], None]:
+    """Put `around(apply)` around every `optimizer.apply`.
+
+    It sees the weights before and after everything that the optimizer does to them: gradient
+    clipping, weight decay, the update, constraints, and the moving average that `use_ema` writes
+    back. Under loss scaling it runs for finite gradients only.
+
+    Args:
+        optimizer: The model's optimizer; a `LossScaleOptimizer` is looked through.
+        around: Called with a function of no arguments that performs the update.
+
+    Returns:
+        A function that removes the hook.
+
+    Example:
+
+    >>> optimizer = keras.optimizers.SGD(1.0)
+    >>> weight = keras.Variable(1.0)
+    >>> def clear(apply):
+    ...     apply()
+    ...     weight.assign(0.0)
+    >>> remove = around_update(optimizer, clear)
+    >>> _ = optimizer.apply([keras.ops.ones(())], [weight])
+    >>> float(weight)
+    0.0
+    >>> remove()
+    """
+
+    def hooked(proceed, grads, trainable_variables=None):
+        result = None
+
+        def apply():
+            nonlocal result
+            result = proceed(grads, trainable_variables)
+
+        around(apply)
+        return result
+
+    return add_hook(unwrap_optimizer(optimizer), "apply", hooked)
+
+
+def on_each_replica(variables: Sequence[keras.Variable], update: Callable, tensors=()) -> None:
+    """Run `update(variables, tensors)` once a replica, on that replica's own copies.
+
+    Inside a step under `tf.distribute` a mirrored variable cannot be assigned freely, since each
+    replica's assignment would have to be reduced. Replicas hold equal values here, so each computes
+    the same thing on its own copies, as Keras's weight decay does.
+
+    Args:
+        variables: Keras variables that `update` reads or assigns, at least one.
+        update: Called with a list of one `tf.Variable` for each, and a list of tensors.
+        tensors: Tensors of the calling replica that `update` reads.
+    """
+    native = [variable.value for variable in variables]
+
+    def across(strategy, native, tensors):
+        def on_replica(_, native, tensors):
+            update(native, tensors)
+
+        strategy.extended.update(native[0], on_replica, args=(native, tensors), group=False)
+
+    strategy = tf.distribute.get_strategy()
+    if tf.distribute.in_cross_replica_context():
+        across(strategy, native, list(tensors))
+    else:
+        tf.__internal__.distribute.interim.maybe_merge_call(across, strategy, native, list(tensors))

@@ -1,0 +1,159 @@
+"""The k largest of a tensor, or of many tensors together: exact, static-shaped, without a sort.
+
+Floats are mapped to integers of the same order, and the k-th largest is found by bisection on those
+integers: one compare-and-count pass over the data a probe, 10 to 20 in all. That is many times
+faster than `tf.sort` or `tf.math.top_k`, takes `k` at run time, and compiles for XLA and TPUs,
+where sorting is slow to compile. Ties at the threshold are broken by index: the first ones are kept.
+"""
+
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+__all__ = ["order_keys", "top_k_mask", "top_k_masks"]
+
+
+def order_keys(scores: tf.Tensor) -> tf.Tensor:
+    """int32 keys in the order of `scores`: `a < b` exactly where `key(a) < key(b)`.
+
+    IEEE 754 floats of one sign compare as their bit patterns do; the negative ones are flipped.
+    NaN orders by its bits too, above infinity or below minus infinity: nothing is undefined.
+
+    Args:
+        scores: Floating tensor of any shape; computed in float32.
+
+    Returns:
+        int32 tensor of the same shape.
+
+    Example:
+
+    >>> [int(key) for key in order_keys(tf.constant([0.0, 1.0, -1.0])).numpy()]
+    [0, 1065353216, -1065353216]
+    """
+    bits = tf.bitcast(tf.cast(scores, tf.float32), tf.int32)
+
+    def flip():
+        return tf.where(bits < 0, (bits ^ 0x7FFFFFFF) + 1, bits)  # + 1: both zeros get the key 0.
+
+    # Magnitudes, the usual scores, need no flip, and no copy.
+    return tf.cond(tf.reduce_min(bits) < 0, flip, lambda: bits)
+
+
+def top_k_masks(scores: Sequence[tf.Tensor], k) -> list[tf.Tensor]:
+    """Masks that keep the k largest of all `scores` together.
+
+    Args:
+        scores: Floating tensors of any shapes, none of size 0; they are not concatenated.
+        k: How many to keep, 1 to the total size; a Python int or a scalar integer tensor.
+
+    Returns:
+        Boolean tensors of the shapes of `scores`; exactly `k` elements are True. Of equal scores
+        the first in list and row-major order are kept.
+
+    Example:
+
+    >>> masks = top_k_masks([tf.constant([0.1, 0.9]), tf.constant([[0.5], [0.9]])], 2)
+    >>> [mask.numpy().tolist() for mask in masks]
+    [[False, True], [[False], [True]]]
+    """
+    k = tf.cast(k, tf.int64)
+    keys = [order_keys(each) for each in scores]
+    threshold, at_least = _find_threshold(keys, k)
+    return tf.cond(
+        at_least > k,
+        lambda: _keep_first_ties(keys, threshold, k),
+        lambda: [each >= threshold for each in keys],
+    )
+
+
+def top_k_mask(scores: tf.Tensor, k) -> tf.Tensor:
+    """Mask that keeps the k largest of `scores`: `top_k_masks` for one tensor.
+
+    Args:
+        scores: Floating tensor of any shape, not of size 0.
+        k: How many to keep, 1 to the size.
+
+    Returns:
+        Boolean tensor of the same shape with exactly `k` elements True.
+
+    Example:
+
+    >>> top_k_mask(tf.constant([0.5, 0.5, 0.5, 0.1]), 2).numpy().tolist()
+    [True, True, False, False]
+    """
+    return top_k_masks([scores], k)[0]
+
+
+def _find_threshold(keys, k):
+    """A threshold t and the count of keys >= t: exactly k, or more where there are ties at t.
+
+    Keeps `count(>= low) >= k > count(>= high)` and narrows the bracket until a count is k or the
+    bracket is one key wide. Every third probe bisects; the others guess where k lies between the
+    two counts, a little past it so that both ends close in. That halves the passes of plain bisection.
+    """
+    low = tf.cast(tf.reduce_min([tf.reduce_min(each) for each in keys]), tf.int64)
+    high = tf.cast(tf.reduce_max([tf.reduce_max(each) for each in keys]), tf.int64) + 1
+    size = tf.constant(sum(_size(each) for each in keys), tf.int64)
+
+    def unsolved(_, low, high, above_low, above_high):
+        return (above_low != k) & (high - low > 1)
+
+    def narrow(probe, low, high, above_low, above_high):
+        share = (tf.cast(above_low - k, tf.float32) + 0.5) / tf.cast(
+            above_low - above_high, tf.float32
+        )
+        share = tf.where(share < 0.25, 2 * share, tf.where(share > 0.75, 2 * share - 1, share))
+        share = tf.where(probe % 3 == 2, 0.5, share)
+        width = tf.cast(high - low, tf.float32)
+        middle = tf.clip_by_value(low + tf.cast(share * width, tf.int64), low + 1, high - 1)
+        above = _count(each >= tf.cast(middle, tf.int32) for each in keys)
+        enough = above >= k
+        return (
+            probe + 1,
+            tf.where(enough, middle, low),
+            tf.where(enough, high, middle),
+            tf.where(enough, above, above_low),
+            tf.where(enough, above_high, above),
+        )
+
+    start = (tf.constant(0), low, high, size, tf.zeros_like(size))
+    _, threshold, _, at_least, _ = tf.while_loop(unsolved, narrow, start)
+    return tf.cast(threshold, tf.int32), at_least
+
+
+def _keep_first_ties(keys, threshold, k):
+    """The elements above the threshold, and the first ones at it until there are k."""
+    sizes = [_size(each) for each in keys]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    positions = [
+        tf.reshape(tf.range(start, start + size, dtype=tf.int64), each.shape)
+        for start, size, each in zip(starts, sizes, keys, strict=True)
+    ]
+    above = [each > threshold for each in keys]
+    ties = [each == threshold for each in keys]
+    wanted = k - _count(above)
+
+    def halve(low, high):
+        middle = low + (high - low) // 2
+        counted = _count(
+            tie & (position < middle) for tie, position in zip(ties, positions, strict=True)
+        )
+        enough = counted >= wanted
+        return tf.where(enough, low, middle + 1), tf.where(enough, middle, high)
+
+    bounds = (tf.constant(0, tf.int64), tf.constant(sum(sizes), tf.int64))
+    end = tf.while_loop(lambda low, high: low < high, halve, bounds)[0]
+    return [
+        strictly | (tie & (position < end))
+        for strictly, tie, position in zip(above, ties, positions, strict=True)
+    ]
+
+
+def _size(tensor) -> int:
+    return tensor.shape.num_elements()
+
+
+def _count(conditions) -> tf.Tensor:
+    # Counted in int32, the fastest to reduce: a single weight has fewer than 2 ** 31 elements.
+    counts = [tf.reduce_sum(tf.cast(each, tf.int32)) for each in conditions]
+    return tf.add_n([tf.cast(each, tf.int64) for each in counts])
