@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m tests.benchmarks.<name>`. They print ratios measured in one run."""

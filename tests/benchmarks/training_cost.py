@@ -1,0 +1,126 @@
+"""What compression costs a training step, and selection an update: ratios, measured interleaved.
+
+    python -m tests.benchmarks.training_cost [--pairs 9] [--steps 200] [--quick]
+
+Prints, for an MLP 784-512-512-512-10 at batch 128, the time of a training step with a technique
+over that of the plain step, in graph mode and under XLA (median of the pairs, and quartiles); and how much faster the masks of 25 million weights are chosen than `tf.sort` sorts them.
+"""
+
+import argparse
+import contextlib
+import os
+import statistics
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+from rich.console import Console
+from rich.table import Table
+
+import tfcompress as tfc
+from tfcompress.ops.selection import top_k_mask
+
+TECHNIQUES = {
+    "pruning": lambda: tfc.callbacks.Pruning(
+        tfc.schedules.PolynomialDecay(0.0, 0.8, begin_step=0, end_step=10**6), frequency=100
+    ),
+    "L1": lambda: tfc.callbacks.L1Regularization(1e-5),
+    "L1, proximal": lambda: tfc.callbacks.L1Regularization(1e-5, proximal=True),
+    "QAT int8": lambda: tfc.callbacks.QuantizationAwareTraining(),
+}
+
+
+class Trainer:
+    """A compiled model in training under `callback`; `run` times some more of its steps."""
+
+    def __init__(self, callback, jit_compile):
+        keras.utils.set_random_seed(0)
+        hidden = [keras.layers.Dense(512, activation="relu") for _ in range(3)]
+        self.model = keras.Sequential([keras.Input((784,)), *hidden, keras.layers.Dense(10)])
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        self.model.compile("adam", loss, jit_compile=jit_compile)
+        self.data = iter(batches())
+        self.attached = callback.attached(self.model) if callback else contextlib.nullcontext()
+
+    def run(self, steps):
+        """Seconds for `steps` steps."""
+        self.model.make_train_function()
+        start = time.perf_counter()
+        for _ in range(steps):
+            logs = self.model.train_function(self.data)
+        float(logs["loss"])
+        return time.perf_counter() - start
+
+
+def batches():
+    """The same batch over and over: the input pipeline costs next to nothing."""
+    x = np.random.default_rng(0).normal(size=(128, 784)).astype("float32")
+    y = np.arange(128) % 10
+    return tf.data.Dataset.from_tensors((x, y)).cache().repeat()
+
+
+def step_ratios(technique, jit_compile, pairs, steps):
+    """Time with the technique over time without, once a pair, the order alternating."""
+    plain, compressed = Trainer(None, jit_compile), Trainer(technique(), jit_compile)
+    with compressed.attached:
+        plain.run(steps), compressed.run(steps)  # Traced and warm.
+        ratios = []
+        for pair in range(pairs):
+            order = (plain, compressed) if pair % 2 else (compressed, plain)
+            seconds = {trainer: trainer.run(steps) for trainer in order}
+            ratios.append(seconds[compressed] / seconds[plain])
+    return ratios
+
+
+def selection_ratios(size, jit_compile, pairs):
+    """Time of `tf.sort` over the time to choose a mask, once a pair."""
+    weights = tf.constant(np.random.default_rng(0).normal(size=size).astype("float32"))
+    kept = tf.constant(size // 5)
+    sort = tf.function(lambda: tf.sort(tf.abs(weights))[0], jit_compile=jit_compile)
+    select = tf.function(
+        lambda: tf.reduce_any(top_k_mask(tf.abs(weights), kept)), jit_compile=jit_compile
+    )
+    sort(), select()
+    return [_seconds(sort) / _seconds(select) for _ in range(pairs)]
+
+
+def _seconds(function):
+    start = time.perf_counter()
+    function().numpy()
+    return time.perf_counter() - start
+
+
+def _row(table, name, jit_compile, ratios, unit):
+    low, median, high = statistics.quantiles(ratios, n=4)
+    how = "XLA" if jit_compile else "graph"
+    table.add_row(name, how, f"{median:.3f}", f"{low:.3f} to {high:.3f}", str(len(ratios)), unit)
+
+
+def main():
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--pairs", type=int, default=9, help="interleaved pairs a figure, 2 or more"
+    )
+    parser.add_argument("--steps", type=int, default=200, help="training steps a measurement")
+    parser.add_argument("--quick", action="store_true", help="2 pairs of 20 steps, 1M weights")
+    arguments = parser.parse_args()
+    pairs, steps, size = arguments.pairs, arguments.steps, 25_000_000
+    if arguments.quick:
+        pairs, steps, size = 2, 20, 1_000_000
+    table = Table("what", "how", "median ratio", "quartiles", "pairs", "ratio of")
+    for name, technique in TECHNIQUES.items():
+        for jit_compile in (False, True):
+            ratios = step_ratios(technique, jit_compile, pairs, steps)
+            _row(table, name, jit_compile, ratios, "step with / step without")
+    for jit_compile in (False, True):
+        ratios = selection_ratios(size, jit_compile, min(pairs, 7))
+        _row(table, f"masks of {size:,} weights", jit_compile, ratios, "tf.sort / selection")
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()

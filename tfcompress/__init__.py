@@ -1,0 +1,37 @@
+"""Compress and accelerate Keras 3 models on TensorFlow, during `model.fit` and after it."""
+
+import keras
+
+if keras.backend.backend() != "tensorflow":
+    raise ImportError(
+        f"tfcompress needs Keras on TensorFlow; the backend is {keras.backend.backend()!r}. Set "
+        'KERAS_BACKEND=tensorflow in the environment, or os.environ["KERAS_BACKEND"] = '
+        '"tensorflow" before keras is imported first.'
+    )
+
+from tfcompress import callbacks, layers, measure, quantization, report, schedules
+from tfcompress.artefact import Artefact
+from tfcompress.export import ExportError, export
+from tfcompress.graph import expand, fold_batch_norm
+from tfcompress.layers import strip
+from tfcompress.ops import structures
+from tfcompress.pruning import prune
+from tfcompress.quantization import quantize
+
+__all__ = [
+    "Artefact",
+    "ExportError",
+    "callbacks",
+    "expand",
+    "export",
+    "fold_batch_norm",
+    "layers",
+    "measure",
+    "prune",
+    "quantization",
+    "quantize",
+    "report",
+    "schedules",
+    "strip",
+    "structures",
+]

@@ -1,0 +1,5 @@
+"""Pruning outside of training."""
+
+from tfcompress.pruning.prune import prune
+
+__all__ = ["prune"]
