@@ -3,7 +3,8 @@
     python -m tests.benchmarks.training_cost [--pairs 9] [--steps 200] [--quick]
 
 Prints, for an MLP 784-512-512-512-10 at batch 128, the time of a training step with a technique
-over that of the plain step, in graph mode and under XLA (median of the pairs, and quartiles); and how much faster the masks of 25 million weights are chosen than `tf.sort` sorts them.
+over that of the plain step, in graph mode and under XLA (median of the pairs, and quartiles); and
+how much faster the masks of 25 million weights are chosen than `tf.sort` sorts them.
 """
 
 import argparse

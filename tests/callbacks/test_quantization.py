@@ -17,7 +17,7 @@ IMAGES = RNG.normal(size=(32, 8, 8, 3)).astype("float32")
 
 def mlp(inputs=True):
     operations = [layers.Dense(8, activation="relu", name="hidden"), layers.Dense(2, name="logits")]
-    return keras.Sequential([keras.Input((6,)), *operations] if inputs else operations)
+    return keras.Sequential([keras.Input((6,))] * inputs + operations, name="mlp")
 
 
 def fit(model, callbacks, x=X, y=Y, epochs=1, optimizer=None, **compile_arguments):

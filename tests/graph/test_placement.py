@@ -51,6 +51,8 @@ def test_a_branch_that_leaves_before_the_relu_needs_the_range():
     model = keras.Model(x, [layers.ReLU(name="relu")(h), layers.Dense(2, name="other")(h)])
     assert outputs(model) == ["dense", "relu", "other"]
     assert outputs(keras.Model(x, [h, layers.ReLU(name="relu")(h)])) == ["dense", "relu"]
+    two = [layers.ReLU(name="relu")(h), layers.ReLU(6.0, name="relu6")(h)]
+    assert outputs(keras.Model(x, two)) == ["dense", "relu", "relu6"]
 
 
 def test_average_pooling_keeps_the_range_of_what_it_averages():

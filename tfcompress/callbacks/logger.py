@@ -13,7 +13,8 @@ class CompressionLogger(keras.callbacks.Callback):
     """Write the sparsity into `logs` at the end of every epoch.
 
     From there it reaches the progress bar, `History`, and any logging callback that is listed
-    behind this one. With `log_dir`, the sparsity and a histogram of every kernel go to TensorBoard too.
+    behind this one. With `log_dir`, the sparsity and a histogram of every kernel go to TensorBoard
+    too.
 
     Args:
         log_dir: Directory for TensorBoard summaries; None for none.

@@ -178,16 +178,10 @@ class _Graph:
         return Placement(layer, output=True, follows=follows)
 
     def _absorbed(self, call, layer) -> bool:
-        """Whether everything that reads the output is computed in the same kernel."""
-        if not is_fused(activation_name(layer)):
-            return False
-        readers = [r for tensor in call.outputs for r in self._readers(tensor)]
-        return bool(readers) and all(_absorbs(reader, layer) for reader in readers)
-
-    def _readers(self, tensor) -> list:
-        if id(tensor) in self.leaving:
-            return [None]
-        return self.readers.get(id(tensor), [])
+        """Whether the one operator that reads the output is computed in the same kernel."""
+        leaves = any(id(tensor) in self.leaving for tensor in call.outputs)
+        readers = [r for tensor in call.outputs for r in self.readers.get(id(tensor), [])]
+        return not leaves and len(readers) == 1 and _absorbs(readers[0], layer)
 
     def _source(self, tensor, placements):
         """The layer that last gave `tensor` a range; the model for its input, None if unknown."""

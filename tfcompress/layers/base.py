@@ -11,8 +11,8 @@ class CompressionWrapper(keras.layers.Wrapper):
     """A layer inside another that compresses it; its state is its own saved variables.
 
     It is called, built and masked as the layer inside. A subclass defines `build_state`, which
-    makes its variables once the layer's weights exist, and `bake`, which says what becomes of a weight
-    when `tfcompress.strip` takes the wrapper off; it may override `call`.
+    makes its variables once the layer's weights exist, and `bake`, which says what becomes of a
+    weight when `tfcompress.strip` takes the wrapper off; it may override `call`.
 
     Args:
         layer: The layer to wrap, built or not, a model included.

@@ -3,7 +3,7 @@
 Floats are mapped to integers of the same order, and the k-th largest is found by bisection on those
 integers: one compare-and-count pass over the data a probe, 10 to 20 in all. That is many times
 faster than `tf.sort` or `tf.math.top_k`, takes `k` at run time, and compiles for XLA and TPUs,
-where sorting is slow to compile. Ties at the threshold are broken by index: the first ones are kept.
+where sorting is slow to compile. Ties at the threshold are broken by index: the first are kept.
 """
 
 from collections.abc import Sequence
@@ -89,7 +89,7 @@ def _find_threshold(keys, k):
 
     Keeps `count(>= low) >= k > count(>= high)` and narrows the bracket until a count is k or the
     bracket is one key wide. Every third probe bisects; the others guess where k lies between the
-    two counts, a little past it so that both ends close in. That halves the passes of plain bisection.
+    two counts, a little past it so that both ends close in. That halves the passes of bisection.
     """
     low = tf.cast(tf.reduce_min([tf.reduce_min(each) for each in keys]), tf.int64)
     high = tf.cast(tf.reduce_max([tf.reduce_max(each) for each in keys]), tf.int64) + 1

@@ -41,7 +41,8 @@ def prune(
 
     Raises:
         ValueError: Not exactly one of sparsity and threshold, a value out of range, an unknown
-            name, a glob that matches nothing, or a model without kernels. The model is as it was then.
+            name, a glob that matches nothing, or a model without kernels. The model is left as
+            it was.
 
     Example:
 
