@@ -202,7 +202,9 @@ def quantize(x, scale, zero_point=0.0, bits: int = 8, narrow: bool = False) -> t
     >>> quantize(tf.constant([-1.0, 0.26, 9.0]), 0.1, zero_point=-5.0).numpy()
     array([-15,  -2,  85], dtype=int8)
     """
-    return tf.cast(_integers(tf.cast(x, tf.float32), scale, zero_point, bits, narrow), tf.int8)
+    low, high = integer_limits(bits, narrow)
+    steps = tf.round(tf.cast(x, tf.float32) / scale) + zero_point
+    return tf.cast(tf.clip_by_value(steps, float(low), float(high)), tf.int8)
 
 
 def dequantize(q, scale, zero_point=0.0) -> tf.Tensor:
@@ -242,22 +244,20 @@ def fake_quant(x, scale, zero_point=0.0, bits: int = 8, narrow: bool = False) ->
     """
     scale, zero_point = tf.stop_gradient(scale), tf.stop_gradient(zero_point)
 
+    smallest, largest = integer_limits(bits, narrow)
+    # Up to half a step beyond the grid still rounds to its end. The largest weight of a channel,
+    # which sets the scale, may lie an ulp beyond, and has to learn too.
+    low, high = (smallest - zero_point - 0.49) * scale, (largest - zero_point + 0.49) * scale
+
     @tf.custom_gradient
     def straight_through(x):
         wide = tf.cast(x, tf.float32)
-        q = _integers(wide, scale, zero_point, bits, narrow)
+        clipped = tf.clip_by_value(wide, low, high)
 
         def gradient(upstream):
-            # Half a step more than the grid: the largest weight of a channel, which sets the scale,
-            # may come out an ulp beyond the end of its own grid, and has to learn too.
-            low, high = (
-                (limit + half_step - zero_point) * scale
-                for limit, half_step in zip(integer_limits(bits, narrow), (-0.5, 0.5), strict=True)
-            )
-            inside = tf.logical_and(wide >= low, wide <= high)
-            return tf.where(inside, upstream, tf.zeros_like(upstream))
+            return tf.where(tf.equal(clipped, wide), upstream, tf.zeros_like(upstream))
 
-        return tf.cast(dequantize(q, scale, zero_point), x.dtype), gradient
+        return tf.cast(tf.round(clipped / scale) * scale, x.dtype), gradient
 
     return straight_through(tf.convert_to_tensor(x))
 
@@ -297,8 +297,8 @@ def fake_quant_activations(x, bounds, scheme: Scheme) -> tf.Tensor:
     Example:
 
     >>> scheme = activation_scheme("int8")
-    >>> fake_quant_activations(tf.constant([-1.0, 1.0, 9.0]), [0.0, 5.1], scheme).numpy()
-    array([0. , 1. , 5.1], dtype=float32)
+    >>> fake_quant_activations(tf.constant([0.0, 1.013, 9.0]), [0.0, 5.1], scheme).numpy().round(4)
+    array([0.  , 1.02, 5.1 ], dtype=float32)
     """
     scale, zero_point = asymmetric_scale(bounds[0], bounds[1], scheme.bits)
     return fake_quant(x, scale, zero_point, scheme.bits)
@@ -388,8 +388,3 @@ def _over_replicas(extremes):
         return extremes
     gathered = context.all_gather(extremes[None], axis=0)
     return tf.stack([tf.reduce_min(gathered[:, 0]), tf.reduce_max(gathered[:, 1])])
-
-
-def _integers(x, scale, zero_point, bits, narrow):
-    low, high = integer_limits(bits, narrow)
-    return tf.clip_by_value(tf.round(x / scale) + zero_point, float(low), float(high))

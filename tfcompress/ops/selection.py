@@ -56,14 +56,9 @@ def top_k_masks(scores: Sequence[tf.Tensor], k) -> list[tf.Tensor]:
     >>> [mask.numpy().tolist() for mask in masks]
     [[False, True], [[False], [True]]]
     """
-    k = tf.cast(k, tf.int64)
-    keys = [order_keys(each) for each in scores]
-    threshold, at_least = _find_threshold(keys, k)
-    return tf.cond(
-        at_least > k,
-        lambda: _keep_first_ties(keys, threshold, k),
-        lambda: [each >= threshold for each in keys],
-    )
+    flat = [tf.reshape(tf.cast(each, tf.float32), [-1]) for each in scores]
+    masks = _flat_masks(flat, tf.cast(k, tf.int64))
+    return [tf.reshape(mask, each.shape) for mask, each in zip(masks, scores, strict=True)]
 
 
 def top_k_mask(scores: tf.Tensor, k) -> tf.Tensor:
@@ -84,6 +79,18 @@ def top_k_mask(scores: tf.Tensor, k) -> tf.Tensor:
     return top_k_masks([scores], k)[0]
 
 
+# One trace serves the weights of all shapes: tracing the loops anew for each costs seconds a model.
+@tf.function(autograph=False, reduce_retracing=True)
+def _flat_masks(scores, k):
+    keys = [order_keys(each) for each in scores]
+    threshold, at_least = _find_threshold(keys, k)
+    return tf.cond(
+        at_least > k,
+        lambda: _keep_first_ties(keys, threshold, k),
+        lambda: [each >= threshold for each in keys],
+    )
+
+
 def _find_threshold(keys, k):
     """A threshold t and the count of keys >= t: exactly k, or more where there are ties at t.
 
@@ -93,7 +100,7 @@ def _find_threshold(keys, k):
     """
     low = tf.cast(tf.reduce_min([tf.reduce_min(each) for each in keys]), tf.int64)
     high = tf.cast(tf.reduce_max([tf.reduce_max(each) for each in keys]), tf.int64) + 1
-    size = tf.constant(sum(_size(each) for each in keys), tf.int64)
+    size = tf.add_n([tf.size(each, tf.int64) for each in keys])
 
     def unsolved(_, low, high, above_low, above_high):
         return (above_low != k) & (high - low > 1)
@@ -123,12 +130,10 @@ def _find_threshold(keys, k):
 
 def _keep_first_ties(keys, threshold, k):
     """The elements above the threshold, and the first ones at it until there are k."""
-    sizes = [_size(each) for each in keys]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    positions = [
-        tf.reshape(tf.range(start, start + size, dtype=tf.int64), each.shape)
-        for start, size, each in zip(starts, sizes, keys, strict=True)
-    ]
+    end, positions = tf.constant(0, tf.int64), []
+    for each in keys:
+        start, end = end, end + tf.size(each, tf.int64)
+        positions.append(tf.range(start, end))
     above = [each > threshold for each in keys]
     ties = [each == threshold for each in keys]
     wanted = k - _count(above)
@@ -141,16 +146,12 @@ def _keep_first_ties(keys, threshold, k):
         enough = counted >= wanted
         return tf.where(enough, low, middle + 1), tf.where(enough, middle, high)
 
-    bounds = (tf.constant(0, tf.int64), tf.constant(sum(sizes), tf.int64))
+    bounds = (tf.zeros_like(end), end)
     end = tf.while_loop(lambda low, high: low < high, halve, bounds)[0]
     return [
         strictly | (tie & (position < end))
         for strictly, tie, position in zip(above, ties, positions, strict=True)
     ]
-
-
-def _size(tensor) -> int:
-    return tensor.shape.num_elements()
 
 
 def _count(conditions) -> tf.Tensor:
