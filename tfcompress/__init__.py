@@ -1,12 +1,22 @@
 """Compress and accelerate Keras 3 models on TensorFlow, during `model.fit` and after it."""
 
+import os
+
+if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
+    # Before keras is imported, which fails on its own where that backend is not installed.
+    raise ImportError(
+        f"tfcompress needs Keras on TensorFlow; KERAS_BACKEND is {os.environ['KERAS_BACKEND']!r}. "
+        'Set KERAS_BACKEND=tensorflow in the environment, or os.environ["KERAS_BACKEND"] = '
+        '"tensorflow" before keras is imported first.'
+    )
+
 import keras
 
 if keras.backend.backend() != "tensorflow":
     raise ImportError(
-        f"tfcompress needs Keras on TensorFlow; the backend is {keras.backend.backend()!r}. Set "
-        'KERAS_BACKEND=tensorflow in the environment, or os.environ["KERAS_BACKEND"] = '
-        '"tensorflow" before keras is imported first.'
+        f"tfcompress needs Keras on TensorFlow; Keras uses {keras.backend.backend()!r}, which its "
+        "configuration file names. Set KERAS_BACKEND=tensorflow in the environment before keras "
+        "is imported first."
     )
 
 from tfcompress import callbacks, layers, measure, quantization, report, schedules

@@ -55,6 +55,12 @@ def test_a_branch_that_leaves_before_the_relu_needs_the_range():
     assert outputs(keras.Model(x, two)) == ["dense", "relu", "relu6"]
 
 
+def test_what_is_concatenated_is_rounded_once():
+    x = keras.Input((4,))
+    parts = [layers.Dense(3, name="a")(x), layers.Dense(3, "tanh", name="b")(x)]
+    assert outputs(keras.Model(x, layers.Concatenate(name="all")(parts))) == ["b", "all"]
+
+
 def test_average_pooling_keeps_the_range_of_what_it_averages():
     model = chain(
         layers.Conv2D(4, 3, activation="relu", name="conv"),

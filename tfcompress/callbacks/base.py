@@ -172,6 +172,6 @@ class CompressionCallback(keras.callbacks.Callback):
         self._reset()
 
     def _drop_state(self):
-        if self._model is not None:
-            states.remove_state(trained_model(self._model), self._state)
+        if self._state:
+            states.remove_state(trained_model(self.model), self._state)
         self._state = {}

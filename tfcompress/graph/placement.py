@@ -198,6 +198,9 @@ class _Graph:
 
 def _absorbs(reader, layer) -> bool:
     """Whether an operator that computes `layer` also computes `reader` on its result."""
+    if isinstance(reader, keras.layers.Concatenate):
+        # All that is concatenated has one scale, in which the converter lets it be written at once.
+        return is_fused(activation_name(layer)) and not isinstance(layer, _AVERAGES)
     if isinstance(reader, keras.layers.BatchNormalization):
         return isinstance(layer, _FOLDABLE) and activation_name(layer) == "linear"
     if not isinstance(reader, keras.layers.ReLU | keras.layers.Activation):

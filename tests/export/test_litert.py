@@ -1,0 +1,380 @@
+"""Exports to LiteRT, run in the real runtime."""
+
+import os
+import pathlib
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+from tfcompress.artefact import litert_flatbuffer
+from tfcompress.callbacks import Pruning, QuantizationAwareTraining
+from tfcompress.export import ExportError, export, litert, process, register_exporter, verify
+from tfcompress.keras_hooks.overlay import attached
+from tfcompress.keras_hooks.quantizer import recall
+from tfcompress.layers import L1, Prune
+from tfcompress.layers.quantize import Quantize
+from tfcompress.quantization import quantize
+
+RNG = np.random.default_rng(0)
+
+
+def chain(*operations, shape):
+    return keras.Sequential([keras.Input(shape), *operations])
+
+
+def mlp():
+    return chain(layers.Dense(16, activation="relu", name="hidden"), layers.Dense(4), shape=(8,))
+
+
+def cnn():
+    return chain(
+        layers.Conv2D(8, 3),
+        layers.BatchNormalization(),
+        layers.ReLU(),
+        layers.MaxPooling2D(),
+        layers.Flatten(),
+        layers.Dense(4),
+        shape=(10, 10, 3),
+    )
+
+
+def depthwise():
+    return chain(
+        layers.DepthwiseConv2D(3, padding="same"),
+        layers.BatchNormalization(),
+        layers.ReLU(6.0),
+        layers.Conv2D(8, 1),
+        layers.BatchNormalization(),
+        layers.ReLU(6.0),
+        layers.GlobalAveragePooling2D(),
+        layers.Dense(4),
+        shape=(8, 8, 3),
+    )
+
+
+def averages():
+    return chain(
+        layers.Conv2D(8, 3, activation="relu"),
+        layers.AveragePooling2D(2),
+        layers.Flatten(),
+        layers.Dense(4),
+        shape=(8, 8, 3),
+    )
+
+
+def residual():
+    x = keras.Input((8, 8, 3))
+    h = layers.Conv2D(4, 3, padding="same", activation="relu")(x)
+    h = layers.Add()([h, layers.Conv2D(4, 3, padding="same")(h)])
+    h = layers.Concatenate()([layers.ReLU()(h), layers.Conv2DTranspose(2, 1)(h)])
+    return keras.Model(x, layers.Dense(4)(layers.GlobalMaxPooling2D()(h)))
+
+
+def sequence():
+    return chain(
+        layers.Conv1D(8, 3, activation="silu"),
+        layers.Conv1D(8, 3),
+        layers.BatchNormalization(),
+        layers.ReLU(),
+        layers.GlobalAveragePooling1D(),
+        layers.Dense(4),
+        shape=(12, 3),
+    )
+
+
+def trained(model, *callbacks, seed=0):
+    x = np.random.default_rng(seed).normal(size=(500, *model.input_shape[1:])).astype("float32")
+    y = np.random.default_rng(seed).normal(size=(500, *model.output_shape[1:]))
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    model.fit(x, y, verbose=0, batch_size=50, callbacks=list(callbacks))
+    return model, x
+
+
+def simulate(model, x):
+    with attached([(q.layer, q.overlay()) for q in recall(model)]):
+        return np.asarray(model(x, training=False))
+
+
+def output_step(path):
+    file = litert_flatbuffer(path)
+    return next(op for op in file.operators if op.name == "DEQUANTIZE").inputs[0].scale[0]
+
+
+@pytest.mark.parametrize(
+    ("make", "most"),
+    # The integer kernel of Add rounds its inputs to fewer bits than the simulation does.
+    [(mlp, 1), (cnn, 1), (depthwise, 1), (averages, 1), (sequence, 1), (residual, 2)],
+)
+def test_int8_is_within_one_step_of_the_simulation_on_500_inputs(make, most, tmp_path):
+    model, x = trained(make(), QuantizationAwareTraining())
+    artefact = export(model, tmp_path / "m.tflite", verify_on=x[:10])
+    assert artefact.precision == "int8"
+    assert artefact.float_operators == ()
+    types = {t.dtype for op in litert_flatbuffer(artefact.path).operators for t in op.outputs[:1]}
+    assert types <= {"int8", "float32", "int32"}
+    held_out = RNG.normal(size=x.shape).astype("float32")
+    simulated = simulate(model, held_out)
+    steps = np.abs(artefact(held_out) - simulated) / output_step(artefact.path)
+    assert steps.max() < most + 0.01
+    assert np.mean(steps < 0.5) > 0.7
+    best = np.sort(simulated, axis=-1)
+    clear = best[:, -1] - best[:, -2] > 2 * output_step(artefact.path)
+    np.testing.assert_array_equal(artefact(held_out)[clear].argmax(-1), simulated[clear].argmax(-1))
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "tanh"])
+def test_functions_with_a_fixed_range_are_integer_too(activation, tmp_path):
+    model, x = trained(
+        chain(layers.Dense(8, "relu"), layers.Dense(4, activation), shape=(8,)),
+        QuantizationAwareTraining(),
+    )
+    artefact = export(model, tmp_path / "m.tflite", verify_on=x)
+    assert artefact.float_operators == ()
+    assert output_step(artefact.path) == pytest.approx(1 / 128 if activation == "tanh" else 1 / 256)
+
+
+def test_pruned_zeros_are_zeros_in_the_file(tmp_path):
+    model, x = trained(mlp(), Pruning(0.75, frequency=1), QuantizationAwareTraining())
+    artefact = export(model, tmp_path / "m.tflite", verify_on=x)
+    pruned = {k.shape[::-1]: np.count_nonzero(k) for k in model.get_weights() if k.ndim == 2}
+    stored = {t.shape: t.nonzeros for t in artefact.tensors() if len(t.shape) == 2}
+    assert pruned == {(16, 8): 32, (4, 16): 16}
+    assert all(stored[shape] <= count for shape, count in pruned.items())
+
+
+def test_wrapped_models_are_written_with_their_ranges(tmp_path):
+    model, x = trained(cnn())
+    quantized = quantize(model, calibration=x)
+    artefact = export(quantized, tmp_path / "m.tflite", verify_on=x[:50])
+    assert (artefact.precision, artefact.float_operators) == ("int8", ())
+    steps = np.abs(artefact(x) - quantized.predict(x, verbose=0)) / output_step(artefact.path)
+    assert steps.max() < 1.01
+    floating = export(quantized, tmp_path / "f.tflite", "float32", verify_on=x[:50])
+    assert {op.name for op in litert_flatbuffer(floating.path).operators}.isdisjoint(
+        {"QUANTIZE", "DEQUANTIZE", "ROUND"}
+    )
+
+
+@pytest.mark.parametrize("wrap", [L1, lambda layer: Prune(layer, sparsity=0.5)])
+def test_other_wrappers_leave_no_trace_in_the_file(wrap, tmp_path):
+    model, x = trained(chain(wrap(layers.Dense(4)), shape=(8,)))
+    artefact = export(model, tmp_path / "m.tflite", verify_on=x)
+    assert [op.name for op in litert_flatbuffer(artefact.path).operators] == ["FULLY_CONNECTED"]
+    assert len(model.layers[0].losses) <= 1
+
+
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [("float32", 1e-5), ("float16", 1e-2), ("dynamic", 0.1)]
+)
+def test_other_precisions(precision, tolerance, tmp_path):
+    model, x = trained(cnn())
+    artefact = export(model, tmp_path / "m.tflite", precision, verify_on=x)
+    expected = model.predict(x, verbose=0)
+    error = np.abs(artefact(x) - expected).max()
+    assert error == pytest.approx(artefact.max_abs_diff, rel=0.2, abs=1e-6)
+    assert error < tolerance * np.abs(expected).max()
+    assert artefact(x[:3]).shape == (3, 4)
+
+
+def test_precisions_differ_in_size(tmp_path):
+    model, x = trained(chain(layers.Dense(256), layers.Dense(64), shape=(64,)))
+    sizes = [
+        export(model, tmp_path / "m.tflite", precision, calibration=x).bytes
+        for precision in ("float32", "float16", "dynamic", "int8")
+    ]
+    assert sizes[0] > 1.8 * sizes[1]
+    assert sizes[1] > 1.6 * max(sizes[2:])
+
+
+@pytest.mark.parametrize("make", [mlp, cnn])
+def test_a_float_model_gets_its_ranges_from_calibration(make, tmp_path):
+    model, x = trained(make())
+    artefact = export(model, tmp_path / "m.tflite", calibration=(x[i : i + 50] for i in (0, 50)))
+    assert (artefact.precision, artefact.float_operators) == ("int8", ())
+    expected = model.predict(x[:100], verbose=0)
+    assert np.abs(artefact(x[:100]) - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_calibration_gives_ranges_to_what_has_none(tmp_path):
+    separable = layers.SeparableConv2D(4, 3, activation="relu")
+    model = chain(separable, layers.Flatten(), layers.Dense(2), shape=(6, 6, 3))
+    model, x = trained(model, QuantizationAwareTraining())
+    with pytest.warns(UserWarning, match="compute in float: DEPTHWISE_CONV_2D"):
+        artefact = export(model, tmp_path / "m.tflite", verify_on=x)
+    assert artefact.float_operators[0].startswith("DEPTHWISE_CONV_2D (")
+    artefact = export(model, tmp_path / "m.tflite", calibration=x)
+    assert artefact.float_operators == ()
+
+
+def test_mixed_precision_is_exported_as_float32(tmp_path):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = keras.Sequential([layers.Dense(8, activation="relu"), layers.Dense(2)])
+    finally:
+        keras.config.set_dtype_policy("float32")
+    x = RNG.normal(size=(64, 6)).astype("float32")
+    model.compile("sgd", "mse")
+    model.fit(x, np.ones((64, 2)), verbose=0, callbacks=[QuantizationAwareTraining()])
+    for precision in ("int8", "float32"):
+        artefact = export(model, tmp_path / "m.tflite", precision, verify_on=x)
+        assert {t.dtype for t in litert_flatbuffer(artefact.path).inputs} == {"float32"}
+    assert model.layers[0].compute_dtype == "bfloat16"
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.head = layers.Dense(8, activation="relu"), layers.Dense(2)
+
+    def call(self, x):
+        return self.head(self.hidden(x))
+
+
+def test_a_subclassed_model_tells_its_inputs_by_training_or_by_example(tmp_path):
+    x = RNG.normal(size=(64, 6)).astype("float32")
+    model = Subclassed()
+    model(x)
+    assert export(model, tmp_path / "m.tflite", verify_on=x).max_abs_diff < 1e-5
+    model.compile("sgd", "mse")
+    model.fit(x, np.ones((64, 2)), verbose=0, callbacks=[QuantizationAwareTraining()])
+    with pytest.warns(UserWarning, match="verified on random input"):
+        artefact = export(model, tmp_path / "m.tflite")
+    assert artefact.float_operators == ()
+    assert artefact.output_steps <= 2.01
+
+
+def test_several_inputs_and_outputs_keep_their_names_and_order(tmp_path):
+    b, a = keras.Input((3,), name="b"), keras.Input((4,), name="a")
+    outputs = {"sum": layers.Dense(2)(b) + layers.Dense(2)(a), "a/out": layers.Dense(1)(a)}
+    model = keras.Model([b, a], outputs)
+    batch = [RNG.normal(size=(5, n)).astype("float32") for n in (3, 4)]
+    artefact = export(model, tmp_path / "m.tflite", verify_on=batch)
+    expected = model.predict(batch, verbose=0)
+    found = artefact(batch)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_a_layer_kernel_warns_of_random_input(tmp_path):
+    with pytest.warns(UserWarning, match="verified on random input. Pass verify_on="):
+        export(mlp(), tmp_path / "m.tflite")
+
+
+def test_given_data_gives_no_warning(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        export(mlp(), tmp_path / "m.tflite", verify_on=np.zeros((2, 8)))
+
+
+def test_a_file_that_computes_something_else_is_removed(tmp_path, monkeypatch):
+    def sabotaged(request):
+        process.convert(request)
+        path = pathlib.Path(request["output"])
+        content = bytearray(path.read_bytes())
+        kernel = np.float32(0.5).tobytes() * 4
+        assert kernel in content
+        path.write_bytes(bytes(content).replace(kernel, np.float32(0.75).tobytes() * 4))
+
+    monkeypatch.setattr(litert, "convert", sabotaged)
+    constant = keras.initializers.Constant(0.5)
+    model = chain(layers.Dense(4, kernel_initializer=constant), shape=(8,))
+    before = tmp_path / "m.tflite"
+    before.write_bytes(b"old")
+    with pytest.raises(ExportError, match="relative error is .*, expected at most 0.0001"):
+        export(model, before, verify_on=np.ones((2, 8)))
+    assert before.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["m.tflite"]
+
+
+def test_a_crash_of_the_converter_is_an_error_and_the_next_one_works(tmp_path, monkeypatch):
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import os, sys\nsys.stdin.readline()\n"
+        "print('its last words', file=sys.stderr, flush=True)\nos.abort()\n"
+    )
+    broken = process.ConversionProcess(worker)
+    for _ in range(2):
+        with pytest.raises(
+            ExportError, match=r"crashed \(exit code -6\).*unroll=True(.|\n)*its last words"
+        ):
+            broken({})
+
+
+def test_what_the_converter_says_is_passed_on(tmp_path):
+    with pytest.raises(ExportError, match="could not convert the model. It says: .*nowhere"):
+        process.convert({"saved_model": str(tmp_path / "nowhere"), "precision": "float32"})
+
+
+def test_a_path_that_cannot_be_written_fails_before_the_conversion(tmp_path, monkeypatch):
+    monkeypatch.setattr(litert, "convert", lambda request: pytest.fail("converted"))
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "m.tflite", tmp_path / "d.tflite"):
+        (tmp_path / "d.tflite").mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match="Cannot write"):
+            export(mlp(), path, verify_on=np.zeros((1, 8)))
+
+
+def trained_at_4_bits():
+    model, _ = trained(mlp(), QuantizationAwareTraining(weights="int4"))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments", "text"),
+    [
+        (mlp, {"path": "m.zip"}, r"suffix '.zip' is not known. Supported: .*\.tflite"),
+        (mlp, {"precision": "int9"}, "precision='int9' is not known"),
+        (mlp, {"precision": "int8"}, "needs the ranges of the activations. Pass calibration="),
+        (mlp, {"calibration": iter([])}, "calibration= holds no batch"),
+        (mlp, {"verify_on": np.zeros((2, 7))}, r"has the shape \(None, 8\), but .* \(2, 7\)"),
+        (mlp, {"verify_on": [np.zeros((2, 8))] * 2}, "has 1 inputs .* holds 2 arrays"),
+        (lambda: keras.Sequential([layers.Dense(2)]), {}, "has no weights yet"),
+        (lambda: "model", {}, "needs a keras.Model, got 'model'"),
+        (trained_at_4_bits, {}, r"was trained with Scheme\(bits=4.*holds 8 bits"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_refused(make, arguments, text, tmp_path):
+    path = tmp_path / arguments.get("path", "m.tflite")
+    arguments = {k: v for k, v in arguments.items() if k != "path"}
+    with pytest.raises(ValueError, match=text):
+        export(make(), path, **arguments)
+    assert not path.exists()
+
+
+def test_other_suffixes_can_be_registered(monkeypatch):
+    from tfcompress.export import dispatch
+
+    monkeypatch.setattr(dispatch, "_EXPORTERS", dict(dispatch._EXPORTERS))
+    register_exporter(".mine", lambda model, path, *rest: (path.name, rest))
+    assert export(None, "m.mine", "int8") == ("m.mine", ("int8", None, None))
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "precision", "scale", "text"),
+    [
+        ([np.nan], [0.0], "float32", None, "not finite"),
+        ([1.1], [1.0], "float16", None, "relative error is 0.1"),
+        ([1.0, 5.0], [1.0, 1.0], "dynamic", None, "relative error"),
+        ([3.1, 0.0], [0.0, 0.0], "int8", verify.OutputScale(1.0), "50.0% .* up to 3.1 steps"),
+    ],
+)
+def test_differences_that_precision_does_not_explain_are_errors(
+    actual, expected, precision, scale, text
+):
+    with pytest.raises(ExportError, match=text):
+        verify.check_output("y", actual, expected, precision, scale)
+
+
+def test_differences_that_precision_explains_are_none():
+    verify.check_output("y", [1.001], [1.0], "float16")
+    verify.check_output("y", [1.9], [0.0], "int8", verify.OutputScale(1.0))
+    verify.check_output("y", [1.9], [0.0], "int8", verify.OutputScale(0.1, slack=1.8))
+
+
+def test_quantize_wrappers_of_users_need_a_first_one_on_the_input(tmp_path):
+    model, x = trained(chain(Quantize(layers.Identity()), Quantize(layers.Dense(4)), shape=(8,)))
+    assert export(model, tmp_path / "m.tflite", verify_on=x).float_operators == ()

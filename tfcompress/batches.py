@@ -1,0 +1,95 @@
+"""Whatever a user passes as data, as a stream of batches of inputs."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+
+def input_batches(data: Any, batch_size: int = 32) -> Iterator[Any]:
+    """Iterate over the inputs in `data`; targets are left out, nothing is held in memory.
+
+    Args:
+        data: An array, a list or dict of arrays (one for each input of the model), a tuple
+            `(inputs, targets)`, a `tf.data.Dataset`, a `keras.utils.PyDataset`, or an iterable (or
+            a function that returns one) of batches, each being inputs or `(inputs, targets)`.
+        batch_size: Examples of a batch, where `data` is arrays.
+
+    Yields:
+        Nested numpy arrays, float64 as float32.
+
+    Raises:
+        ValueError: `data` is none of these.
+
+    Example:
+
+    >>> [len(batch) for batch in input_batches(np.zeros((5, 2)), batch_size=2)]
+    [2, 2, 1]
+    """
+    for batch in _structures(data, batch_size):
+        inputs = batch[0] if isinstance(batch, tuple) else batch
+        yield keras.tree.map_structure(_array, inputs)
+
+
+def first_batch(data: Any) -> Any:
+    """The first batch of a stream; all examples, where `data` is arrays.
+
+    Example:
+
+    >>> first_batch((np.zeros((5, 2)), np.zeros(5))).shape
+    (5, 2)
+    """
+    batch = next(input_batches(data, batch_size=2**31), None)
+    if batch is None:
+        raise ValueError("The data holds no batch; pass at least one.")
+    return batch
+
+
+def _structures(data, batch_size) -> Iterable:
+    if isinstance(data, tf.data.Dataset):
+        return data
+    if isinstance(data, keras.utils.PyDataset):
+        return (data[index] for index in range(len(data)))
+    if isinstance(data, list) and data and all(isinstance(batch, tuple) for batch in data):
+        return data
+    inputs = data[0] if isinstance(data, tuple) else data
+    leaves = keras.tree.flatten(inputs)
+    if leaves and all(hasattr(leaf, "shape") and len(leaf.shape) for leaf in leaves):
+        return _slices(inputs, len(leaves[0]), batch_size)
+    if callable(data):
+        return data()
+    if isinstance(data, Iterable):
+        return data
+    raise ValueError(
+        f"Expected arrays, a tf.data.Dataset or an iterable of batches, got {data!r} of type "
+        f"{type(data).__name__}."
+    )
+
+
+def _slices(inputs, size, batch_size):
+    for start in range(0, size, batch_size):
+        part = slice(start, start + batch_size)
+        yield keras.tree.map_structure(lambda x, part=part: x[part], inputs)
+
+
+def limited(batches: Iterable, num_examples: int) -> Iterator:
+    """The first batches, until they hold `num_examples` together.
+
+    Example:
+
+    >>> [len(batch) for batch in limited([np.zeros(4)] * 9, num_examples=8)]
+    [4, 4]
+    """
+    seen = 0
+    for batch in batches:
+        if seen >= num_examples:
+            return
+        yield batch
+        seen += len(keras.tree.flatten(batch)[0])
+
+
+def _array(leaf):
+    array = np.asarray(leaf)
+    return array.astype(np.float32) if array.dtype == np.float64 else array
