@@ -156,7 +156,8 @@ class CompressionCallback(keras.callbacks.Callback):
         taken = [key for key, variable in self._state.items() if entries.get(key) is not variable]
         if taken:
             raise ValueError(
-                f"Two {type(self).__name__} callbacks work on the same weights: {taken}. Give them "
+                f"Two {type(self).__name__} callbacks work on the same weights, of "
+                f"{list(self.applied)}. Give them "
                 "include= or exclude= globs that do not overlap."
             )
 

@@ -9,7 +9,7 @@ import tensorflow as tf
 from tfcompress import schedules
 from tfcompress.callbacks.base import CompressionCallback, logger
 from tfcompress.keras_hooks.update import around_update, on_each_replica
-from tfcompress.keras_hooks.walk import check_globs, matches
+from tfcompress.keras_hooks.walk import check_globs, matches, named_variables
 from tfcompress.ops import allocation as allocations
 from tfcompress.ops import criteria, structures
 from tfcompress.ops.masks import apply_mask, choose_masks
@@ -53,12 +53,14 @@ class _MaskingCallback(CompressionCallback):
         selected = self._select(model)
         grouped = self._group_weights(selected)
         self._weights = {path: selected[path] for _, paths in grouped for path in paths}
+        # By its place in the model: the paths of a model that is made anew may differ.
+        key = {path: f"weight_{i}" for i, path in enumerate(named_variables(model))}
         self.masks = {
-            path: self._add_state(f"{path}/mask", tf.ones(weight.shape, tf.bool), "bool")
+            path: self._add_state(f"{key[path]}/mask", tf.ones(weight.shape, tf.bool), "bool")
             for path, weight in self._weights.items()
         }
         self._groups = [
-            _Group(schedule, paths, self._add_state(f"{paths[0]}/updated_at", _NEVER, "int64"))
+            _Group(schedule, paths, self._add_state(f"{key[paths[0]]}/updated_at", _NEVER, "int64"))
             for schedule, paths in grouped
         ]
 
