@@ -1,6 +1,6 @@
 """What compression costs a training step, and selection an update: ratios, measured interleaved.
 
-    python -m tests.benchmarks.training_cost [--pairs 9] [--steps 200] [--quick]
+    python -m tests.benchmarks.training_cost [--pairs 9] [--steps 100] [--only NAME] [--quick]
 
 Prints, for an MLP 784-512-512-512-10 at batch 128, the time of a training step with a technique
 over that of the plain step, in graph mode and under XLA (median of the pairs, and quartiles); and
@@ -17,9 +17,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np
+import rich.console
 import tensorflow as tf
-from rich.console import Console
-from rich.table import Table
 
 import tfcompress as tfc
 from tfcompress.ops.selection import top_k_mask
@@ -94,33 +93,40 @@ def _seconds(function):
     return time.perf_counter() - start
 
 
-def _row(table, name, jit_compile, ratios, unit):
+def _print(console, name, jit_compile, ratios, unit):
     low, median, high = statistics.quantiles(ratios, n=4)
     how = "XLA" if jit_compile else "graph"
-    table.add_row(name, how, f"{median:.3f}", f"{low:.3f} to {high:.3f}", str(len(ratios)), unit)
+    console.print(
+        f"{name:<26} {how:<6} {median:6.3f}  ({low:.3f} to {high:.3f}, {len(ratios)} pairs)  {unit}",
+        highlight=False,
+    )
 
 
 def main():
-    """Measure and print."""
+    """Measure and print, a line as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--pairs", type=int, default=9, help="interleaved pairs a figure, 2 or more"
     )
-    parser.add_argument("--steps", type=int, default=200, help="training steps a measurement")
+    parser.add_argument("--steps", type=int, default=100, help="training steps a measurement")
+    parser.add_argument("--only", help="a part of the name of what is measured, e.g. pruning")
     parser.add_argument("--quick", action="store_true", help="2 pairs of 20 steps, 1M weights")
     arguments = parser.parse_args()
     pairs, steps, size = arguments.pairs, arguments.steps, 25_000_000
     if arguments.quick:
         pairs, steps, size = 2, 20, 1_000_000
-    table = Table("what", "how", "median ratio", "quartiles", "pairs", "ratio of")
-    for name, technique in TECHNIQUES.items():
+    console = rich.console.Console()
+    cases = [*TECHNIQUES.items(), (f"masks of {size:,} weights", None)]
+    for name, technique in cases:
+        if arguments.only and arguments.only not in name:
+            continue
         for jit_compile in (False, True):
-            ratios = step_ratios(technique, jit_compile, pairs, steps)
-            _row(table, name, jit_compile, ratios, "step with / step without")
-    for jit_compile in (False, True):
-        ratios = selection_ratios(size, jit_compile, min(pairs, 7))
-        _row(table, f"masks of {size:,} weights", jit_compile, ratios, "tf.sort / selection")
-    Console(width=110).print(table)
+            if technique is None:
+                ratios = selection_ratios(size, jit_compile, min(pairs, 7))
+                _print(console, name, jit_compile, ratios, "tf.sort / selection")
+            else:
+                ratios = step_ratios(technique, jit_compile, pairs, steps)
+                _print(console, name, jit_compile, ratios, "step with / step without")
 
 
 if __name__ == "__main__":
