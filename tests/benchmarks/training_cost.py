@@ -97,7 +97,7 @@ def _print(console, name, jit_compile, ratios, unit):
     low, median, high = statistics.quantiles(ratios, n=4)
     how = "XLA" if jit_compile else "graph"
     console.print(
-        f"{name:<26} {how:<6} {median:6.3f}  ({low:.3f} to {high:.3f}, {len(ratios)} pairs)  {unit}",
+        f"{name:<26} {how:<6} {median:6.3f} ({low:.3f} to {high:.3f}, {len(ratios)} pairs) {unit}",
         highlight=False,
     )
 
