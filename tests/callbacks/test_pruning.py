@@ -31,8 +31,9 @@ def train(model, callbacks, epochs=4, **kwargs):
     return model
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw", "muon", "lion"])
-def test_every_optimizer_ends_with_the_exact_number_of_zeros(optimizer):
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Muon", "Lion"])
+def test_every_optimizer_ends_with_the_exact_number_of_zeros(name):
+    optimizer = getattr(keras.optimizers, name)()  # Keras 3.12 has no string for Muon.
     model = train(compile_classifier(mlp(), optimizer), [tfc.callbacks.Pruning(DECAY, frequency=4)])
     assert num_zeros(model) == asked(model, 0.8)
 
