@@ -174,8 +174,8 @@ class PolynomialDecay(_Ramp):
 
     Example:
 
-    >>> PolynomialDecay(0.0, 0.8, begin_step=0, end_step=100)(50)
-    0.7
+    >>> PolynomialDecay(0.0, 0.8, begin_step=0, end_step=100)(100)
+    0.8
     """
 
     power: float = 3

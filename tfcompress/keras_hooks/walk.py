@@ -38,9 +38,10 @@ def named_variables(model: keras.Model) -> dict[str, keras.Variable]:
 
     Example:
 
-    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, name="head")])
+    >>> layers = [keras.Input((2,)), keras.layers.Dense(3, name="head")]
+    >>> model = keras.Sequential(layers, name="model")
     >>> list(named_variables(model))
-    ['head/kernel', 'head/bias']
+    ['model/head/kernel', 'model/head/bias']
     """
     named: dict[str, keras.Variable] = {}
     seen: set[int] = set()
@@ -74,10 +75,11 @@ def select_kernels(
 
     Example:
 
-    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, name="head")])
+    >>> layers = [keras.Input((2,)), keras.layers.Dense(3, name="head")]
+    >>> model = keras.Sequential(layers, name="model")
     >>> selected, skipped = select_kernels(model)
     >>> list(selected), skipped
-    (['head/kernel'], {'head/bias': 'not a kernel: fewer than 2 axes'})
+    (['model/head/kernel'], {'model/head/bias': 'not a kernel: fewer than 2 axes'})
     """
     variables = named_variables(model)
     include, exclude = as_globs(include), as_globs(exclude)

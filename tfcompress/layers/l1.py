@@ -26,6 +26,7 @@ class L1(CompressionWrapper):
     Example:
 
     >>> model = keras.Sequential([keras.Input((4,)), L1(keras.layers.Dense(3), strength=0.1)])
+    >>> _ = model(keras.ops.ones((1, 4)))
     >>> len(model.losses)
     1
     """
