@@ -24,14 +24,17 @@ from tfcompress.artefact import Artefact
 from tfcompress.export import ExportError, export
 from tfcompress.graph import expand, fold_batch_norm
 from tfcompress.layers import strip
-from tfcompress.ops import structures
+from tfcompress.ops import allocation as allocations
+from tfcompress.ops import criteria, regrowth, structures
 from tfcompress.pruning import prune
 from tfcompress.quantization import quantize
 
 __all__ = [
     "Artefact",
     "ExportError",
+    "allocations",
     "callbacks",
+    "criteria",
     "expand",
     "export",
     "fold_batch_norm",
@@ -40,6 +43,7 @@ __all__ = [
     "prune",
     "quantization",
     "quantize",
+    "regrowth",
     "report",
     "schedules",
     "strip",

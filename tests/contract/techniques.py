@@ -26,17 +26,56 @@ def _three_quarters(size):
     return size - max(round(size * 0.25), 1)
 
 
-def _pruning(**kwargs):
-    return lambda: tfc.callbacks.Pruning(DECAY, frequency=4, **kwargs)
+def _half(size):
+    return size - max(round(size * 0.5), 1)
 
 
-def _prune(layer):
-    return tfc.layers.Prune(layer, sparsity=DECAY, frequency=4)
+def _pruning(sparsity=DECAY, **kwargs):
+    return lambda: tfc.callbacks.Pruning(sparsity, frequency=4, **kwargs)
+
+
+def _prune(**kwargs):
+    return lambda layer: tfc.layers.Prune(layer, **{"sparsity": DECAY, "frequency": 4} | kwargs)
+
+
+def _exact(**kwargs):
+    """A way of pruning that leaves a quarter of every kernel."""
+    return Technique(_pruning(**kwargs), prunes=_three_quarters)
 
 
 TECHNIQUES = {
-    "pruning": Technique(_pruning(), _prune, _three_quarters),
+    "pruning": Technique(_pruning(), _prune(), _three_quarters),
+    "pruning, random": Technique(
+        _pruning(criterion="random"), _prune(criterion="random"), _three_quarters
+    ),
+    "pruning, gradient": _exact(criterion="gradient"),
+    "pruning, fisher": _exact(criterion="fisher"),
+    "pruning, movement": _exact(criterion="movement"),
+    "pruning, soft movement": Technique(
+        _pruning(None, criterion=tfc.criteria.Movement(0.49, strength=3.0, learning_rate=0.1))
+    ),
+    "pruning, 2:4": Technique(
+        _pruning(None, structure="2:4"), _prune(sparsity=0.5, structure="2:4"), _half
+    ),
+    "pruning, blocks": Technique(
+        _pruning(structure=tfc.structures.Block(2, 3)),
+        _prune(structure=tfc.structures.Block(2, 3)),
+    ),
+    "pruning, channels": Technique(
+        _pruning(structure="channel", exclude="*head*"), _prune(structure="channel")
+    ),
     "pruning, global": Technique(_pruning(allocation="global")),
+    "pruning, ERK": Technique(_pruning(allocation="erk")),
+    "pruning, LAMP": Technique(_pruning(allocation="lamp")),
+    "pruning, cyclic": _exact(
+        sparsity=tfc.schedules.Cyclic(0.75, cycles=3, cycle_steps=3, begin_step=1)
+    ),
+    "pruning, exponential": _exact(
+        sparsity=tfc.schedules.Exponential(0.0, 0.75, begin_step=1, end_step=10)
+    ),
+    # What grows behind a unit that is never active stays at zero.
+    "pruning, SET": Technique(_pruning(0.75, regrowth=tfc.regrowth.SET(end_step=9))),
+    "pruning, RigL": _exact(sparsity=0.75, regrowth=tfc.regrowth.RigL(end_step=9)),
     "threshold pruning": Technique(
         lambda: tfc.callbacks.ThresholdPruning(0.1),
         lambda each: tfc.layers.Prune(each, threshold=0.1),

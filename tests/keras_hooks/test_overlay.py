@@ -152,6 +152,50 @@ def test_only_floats_are_mapped_and_inputs_one_by_one():
     assert (float(a[0]), int(b[0])) == (4.0, 1)
 
 
+def test_inputs_beyond_the_functions_are_left_as_they_are():
+    class Sum(layers.Layer):
+        def call(self, inputs):
+            return inputs[0] + tf.cast(inputs[1], "float32")
+
+    layer = Sum()
+    attach(layer, Overlay(inputs=[triple]))
+    assert float(layer([tf.constant(1.0), tf.constant(2)])) == 5.0
+
+
+def two_inputs():
+    b, a = keras.Input((1,), name="b"), keras.Input((1,), name="a")
+    return keras.Model([b, a], layers.Subtract()([b, a]))
+
+
+@pytest.mark.parametrize(
+    "passed",
+    [
+        [np.array([[2.0]]), np.array([[1.0]])],
+        [np.array([[2]], "uint8"), np.array([[1]], "uint8")],
+        [tf.constant([2]), tf.constant([1])],
+        {"a": np.array([[1.0]]), "b": np.array([[2.0]])},
+        {"a": np.array([[1.0]]), "b": np.array([[2.0]]), "c": np.array([[9.0]])},
+    ],
+)
+def test_inputs_of_a_graph_are_mapped_as_standardize_inputs_gives_them(passed):
+    model = two_inputs()
+    attach(model, Overlay(inputs=[triple, None]))
+    assert float(model(passed)[0, 0]) == 5.0
+
+
+@pytest.mark.parametrize("x", [np.array([[2]], "uint8"), np.array([[2.0]]), tf.constant([[2]])])
+def test_the_input_of_a_sequential_is_mapped_by_its_functional(x):
+    model = keras.Sequential([keras.Input((1,)), layers.Identity()])
+    attach(model, Overlay(inputs=[triple]))
+    assert float(model(x)[0, 0]) == 6.0
+
+
+def test_a_sequential_of_structures_has_no_functional():
+    model = keras.Sequential([layers.Add()])
+    attach(model, Overlay(inputs=[triple]))
+    assert float(model([tf.constant([[1.0]]), tf.constant([[2.0]])])[0, 0]) == 5.0
+
+
 def test_losses_added_in_the_call_are_kept():
     class Adds(layers.Dense):
         def call(self, x):

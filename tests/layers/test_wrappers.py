@@ -155,7 +155,7 @@ def test_masks_pass_through():
         ({"sparsity": 1.0}, r"fraction of zeros in \[0, 1\), got 1.0"),
         ({"threshold": 0}, "threshold must be above 0"),
         ({"sparsity": 0.5, "criterion": "magic"}, "Unknown criterion 'magic'"),
-        ({"sparsity": 0.5, "frequency": 0}, "frequency must be 1 step or more"),
+        ({"sparsity": 0.5, "frequency": 0}, "whole number of steps, 1 or more: 0"),
     ],
 )
 def test_a_bad_argument_is_refused(arguments, message):

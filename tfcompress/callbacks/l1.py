@@ -4,22 +4,13 @@ import keras
 import tensorflow as tf
 
 from tfcompress.callbacks.base import CompressionCallback
+from tfcompress.checks import check_strength
+from tfcompress.graph.roles import prunable
 from tfcompress.keras_hooks.hook import add_hook
 from tfcompress.keras_hooks.update import around_update, on_each_replica
 from tfcompress.keras_hooks.walk import trained_model
-from tfcompress.ops.penalties import l1, soft_threshold
-
-
-class _Sum(keras.regularizers.Regularizer):
-    """An L1 penalty on top of the regularizer that the variable had."""
-
-    def __init__(self, previous, strength):
-        self.previous = previous
-        self.strength = strength
-
-    def __call__(self, weight):
-        penalty = l1(weight, self.strength)
-        return penalty if self.previous is None else penalty + self.previous(weight)
+from tfcompress.ops import structures
+from tfcompress.ops.penalties import AddedPenalty, group_soft_threshold
 
 
 @keras.saving.register_keras_serializable(package="tfcompress")
@@ -31,9 +22,16 @@ class L1Regularization(CompressionCallback):
     update is followed by `w = sign(w) * max(|w| - learning_rate * strength, 0)` instead, which does
     (ISTA, [Daubechies et al. 2004](https://arxiv.org/abs/math/0307152)).
 
+    With a structure it is the group lasso ([Yuan & Lin 2006](
+    https://doi.org/10.1111/j.1467-9868.2005.00532.x)): `strength * sum(sqrt(|g|) * ||w_g||_2)` over
+    the units g, which makes whole channels or blocks small, or zero, so that pruning by the same
+    structure finds them.
+
     Args:
         strength: Weight of the penalty, above 0.
         proximal: Whether to take proximal steps, which reach exact zeros.
+        structure: What becomes small as a whole: "unstructured", "channel", "head" (each kernel's
+            own), or an object such as `tfcompress.structures.Block(4, 4)`; not n:m.
         include: Glob or globs over `variable.path`; None for all kernels and embeddings.
         exclude: Glob or globs to leave out.
 
@@ -42,7 +40,7 @@ class L1Regularization(CompressionCallback):
         skipped: Path -> why nothing was.
 
     Raises:
-        ValueError: The strength is not above 0; when training starts: a glob that matches nothing,
+        ValueError: The strength is not above 0, a structure without groups; when training starts: a glob that matches nothing,
             or a model whose loss leaves regularizers out.
 
     Example:
@@ -55,23 +53,43 @@ class L1Regularization(CompressionCallback):
     0
     """
 
-    def __init__(self, strength=1e-4, proximal=False, include=None, exclude=None):
-        if not strength > 0:
-            raise ValueError(f"strength must be above 0, got {strength}; 1e-4 is a usual value.")
+    def __init__(
+        self,
+        strength=1e-4,
+        proximal=False,
+        structure="unstructured",
+        include=None,
+        exclude=None,
+    ):
+        check_strength(strength)
         super().__init__(include, exclude)
+        self.structure = structure
+        self._structure = structures.require_groups(structure)
         self.strength = strength
         self.proximal = proximal
         self._weights: dict[str, keras.Variable] = {}
 
     def get_config(self):
         """The constructor arguments."""
-        names = ("strength", "proximal", "include", "exclude")
-        return {name: getattr(self, name) for name in names}
+        names = ("strength", "proximal", "structure", "include", "exclude")
+        return keras.saving.serialize_keras_object({name: getattr(self, name) for name in names})
+
+    @classmethod
+    def from_config(cls, config):
+        """The callback that `get_config` described."""
+        return cls(**keras.saving.deserialize_keras_object(config))
 
     def _prepare(self, model):
-        self._weights = self._select(model)
+        fitting = prunable(model, self._select(model), self._structure, None)
+        self._weights = fitting.weights
+        self._structures = {
+            path: self._structure.bind(path, tuple(weight.shape))[0]
+            for path, weight in self._weights.items()
+        }
+        self.skipped |= fitting.skipped
         how = "proximal steps" if self.proximal else "in the loss"
-        self.applied = dict.fromkeys(self._weights, f"L1 of strength {self.strength}, {how}")
+        what = f"{self.structure}, strength {self.strength}, {how}"
+        self.applied = dict.fromkeys(self._weights, what)
 
     def _attach(self, session, optimizer):
         if self.proximal:
@@ -87,12 +105,13 @@ class L1Regularization(CompressionCallback):
 
     def _begin(self, tracing):
         if not self.proximal:
-            for weight in self._weights.values():
-                weight.regularizer = _Sum(weight.regularizer, self.strength)
+            for path, weight in self._weights.items():
+                structure = self._structures[path]
+                weight.regularizer = AddedPenalty(weight.regularizer, self.strength, structure)
 
     def _restore_regularizers(self):
         for weight in self._weights.values():
-            if isinstance(weight.regularizer, _Sum):
+            if isinstance(weight.regularizer, AddedPenalty):
                 weight.regularizer = weight.regularizer.previous
 
     def _around_loss(self, proceed, *args, **kwargs):
@@ -109,8 +128,10 @@ class L1Regularization(CompressionCallback):
         amount = rate * self.strength * tf.cast(updates, rate.dtype)
 
         def shrink(weights, tensors):
-            for weight in weights:
-                weight.assign(soft_threshold(tf.convert_to_tensor(weight), tensors[0]))
+            for weight, structure in zip(weights, self._structures.values(), strict=True):
+                weight.assign(
+                    group_soft_threshold(tf.convert_to_tensor(weight), tensors[0], structure)
+                )
 
         on_each_replica(list(self._weights.values()), shrink, [amount])
 

@@ -6,7 +6,9 @@ else (updates, losses, the variables themselves) is as if nothing were there.
 
 Private Keras API used here, each with a test in `tests/keras_hooks/test_overlay.py`:
 `StatelessScope.get_current_value`, `add_update` and `add_loss`, `Variable._value` and
-`_direct_assign`, `Layer._losses`, `_tracker` and `_flatten_layers`, and the global attributes
+`_direct_assign`, `Layer._losses`, `_tracker`, `_flatten_layers`, `_trainable_variables` and
+`_non_trainable_variables`, `Functional._standardize_inputs`, `Sequential._functional`, and the
+global attributes
 `current_call_ctx`, `stateless_scope` and `autocast_scope`, which say what call is running.
 """
 
@@ -34,7 +36,9 @@ class Overlay:
     Args:
         weights: `(variable, fn)` pairs; the layer sees `fn(value)`, computed once a call, in the
             dtype of the variable (mixed precision casts afterwards).
-        inputs: One function, or None, for each tensor of the first argument, flattened.
+        inputs: One function, or None, for each tensor of the first argument, flattened. Of a
+            Functional or Sequential model, in the order and dtype of its own inputs, whatever is
+            passed: integers, numpy arrays, a dict by name. What lies beyond is left as it is.
         preactivation: Applied to what the layer passes to its own `activation`.
         output: Applied to each floating-point tensor the layer returns.
     """
@@ -85,7 +89,7 @@ def attached(pairs: Iterable[tuple[keras.layers.Layer, Overlay]]) -> Iterator[No
 def call_through(layer: keras.layers.Layer, overlay: Overlay, call: Callable, *args, **kwargs):
     """Run `call(*args, **kwargs)`, which reads the variables of `layer`, under an overlay."""
     if overlay.inputs and args:
-        args = (_map_each(overlay.inputs, args[0]), *args[1:])
+        args = (_map_inputs(layer, overlay.inputs, args[0]), *args[1:])
     with _weights(layer, overlay.weights), _preactivation(layer, overlay.preactivation):
         outputs = call(*args, **kwargs)
     return outputs if overlay.output is None else _map_floats(overlay.output, outputs)
@@ -99,6 +103,42 @@ def original_layers(model: keras.Model) -> Callable[[keras.Operation], keras.lay
     """
     layers = {id(layer._tracker): layer for layer in model._flatten_layers()}
     return lambda operation: layers.get(id(getattr(operation, "_tracker", None)))
+
+
+def readers(model: keras.Model, variables) -> list[tuple[keras.layers.Layer, list[keras.Variable]]]:
+    """The layers whose call reads `variables`, each with those that it reads.
+
+    A cell of an RNN runs inside a loop, where an overlay would be computed once a step: the RNN
+    stands for it.
+
+    Args:
+        model: A model, built.
+        variables: Keras variables of it.
+
+    Example:
+
+    >>> import keras
+    >>> model = keras.Sequential([keras.Input((3, 2)), keras.layers.LSTM(4, name="lstm")])
+    >>> kernels = [variable for variable in model.variables if len(variable.shape) == 2]
+    >>> [(layer.name, len(read)) for layer, read in readers(model, kernels)]
+    [('lstm', 2)]
+    """
+    wanted = {id(variable) for variable in variables}
+    pending, seen, found = [model], set(), []
+    while pending:
+        layer = pending.pop()
+        if id(layer) in seen:
+            continue
+        seen.add(id(layer))
+        if isinstance(layer, keras.layers.RNN):
+            own = layer.variables
+        else:
+            own = [*layer._trainable_variables, *layer._non_trainable_variables]
+            pending.extend(children(layer))
+        read = [variable for variable in own if id(variable) in wanted]
+        if read:
+            found.append((layer, read))
+    return found
 
 
 def children(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
@@ -208,9 +248,13 @@ def _map_floats(fn, structure: Any) -> Any:
     return keras.tree.map_structure(lambda x: _apply_to_float(fn, x), structure)
 
 
-def _map_each(fns, structure: Any) -> Any:
-    leaves = keras.tree.flatten(structure)
-    mapped = [_apply_to_float(fn, x) for fn, x in zip(fns, leaves, strict=True)]
+def _map_inputs(layer, fns, passed: Any) -> Any:
+    graph = getattr(layer, "_functional", None) or layer
+    structure, leaves = passed, keras.tree.flatten(passed)
+    if hasattr(graph, "_standardize_inputs"):
+        structure, leaves = graph.input, graph._standardize_inputs(passed)
+    padded = [*fns, *[None] * (len(leaves) - len(fns))]
+    mapped = [_apply_to_float(fn, x) for fn, x in zip(padded, leaves, strict=True)]
     return keras.tree.pack_sequence_as(structure, mapped)
 
 

@@ -1,4 +1,10 @@
-"""The optimizer's update: a hook that runs in the step, after the weights have changed."""
+"""The optimizer's update: hooks that run in the step, around it and around each gradient in it.
+
+Private Keras API used here, with a test in `tests/keras_hooks/test_update.py`: that the TensorFlow
+optimizers call `update_step(gradient, variable, learning_rate)` on the instance, once for each
+weight and replica, with gradients that are accumulated, reduced over the replicas and clipped; and
+`_var_key`, which names the weight that a replica's copy belongs to.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -52,6 +58,47 @@ def around_update(optimizer: keras.optimizers.Optimizer, around: Callable) -> Ca
         return result
 
     return add_hook(unwrap_optimizer(optimizer), "apply", hooked)
+
+
+def around_gradients(
+    optimizer: keras.optimizers.Optimizer, change: Callable[[str, tf.Tensor, tf.Variable], tf.Tensor]
+) -> Callable[[], None]:
+    """Put `change(key, gradient, variable)` in front of the update of each weight.
+
+    It sees the gradient that the update uses: accumulated, reduced over the replicas, and clipped;
+    and the weight before the update, once decayed. It runs on each replica's own copy, where state variables can
+    be assigned freely.
+
+    Args:
+        optimizer: The model's optimizer; a `LossScaleOptimizer` is looked through.
+        change: Called with the `variable_key` of the weight, its gradient (a tensor of its shape,
+            or `tf.IndexedSlices`) and the weight; returns the gradient to use.
+
+    Returns:
+        A function that removes the hook.
+
+    Example:
+
+    >>> optimizer = keras.optimizers.SGD(1.0)
+    >>> weight = keras.Variable(1.0)
+    >>> remove = around_gradients(optimizer, lambda key, gradient, variable: 2 * gradient)
+    >>> _ = optimizer.apply([keras.ops.ones(())], [weight])
+    >>> float(weight)
+    -1.0
+    >>> remove()
+    """
+    inner = unwrap_optimizer(optimizer)
+
+    def hooked(proceed, gradient, variable, learning_rate):
+        gradient = change(variable_key(inner, variable), gradient, variable)
+        return proceed(gradient, variable, learning_rate)
+
+    return add_hook(inner, "update_step", hooked)
+
+
+def variable_key(optimizer, variable) -> str:
+    """What names a weight in an optimizer, whichever replica's copy of it is at hand."""
+    return unwrap_optimizer(optimizer)._var_key(variable)
 
 
 def on_each_replica(variables: Sequence[keras.Variable], update: Callable, tensors=()) -> None:

@@ -118,6 +118,35 @@ def check_globs(globs: Sequence[str], paths: Iterable[str]) -> None:
             )
 
 
+def group_by_glob(globs: Iterable[str | None], paths: Iterable[str]) -> dict[str | None, list[str]]:
+    """Each path under the first of `globs` that matches it; paths that none matches are left out.
+
+    Args:
+        globs: Globs over whole paths; None matches every path.
+        paths: What is grouped.
+
+    Returns:
+        Glob -> paths, without empty groups.
+
+    Raises:
+        ValueError: A glob matches no path at all.
+
+    Example:
+
+    >>> group_by_glob(["*head*", None], ["m/hidden/kernel", "m/head/kernel"])
+    {None: ['m/hidden/kernel'], '*head*': ['m/head/kernel']}
+    """
+    globs, paths = list(globs), list(paths)
+    check_globs([glob for glob in globs if glob is not None], paths)
+    grouped: dict[str | None, list[str]] = {}
+    for path in paths:
+        for glob in globs:
+            if glob is None or matches(path, [glob]):
+                grouped.setdefault(glob, []).append(path)
+                break
+    return grouped
+
+
 def matches(path: str, globs: Sequence[str]) -> bool:
     """Whether any of `globs` matches the whole of `path`."""
     return any(fnmatch.fnmatchcase(path, glob) for glob in globs)

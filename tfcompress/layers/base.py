@@ -78,3 +78,8 @@ class CompressionWrapper(keras.layers.Wrapper):
     def get_config(self):
         """The constructor arguments."""
         return {**super().get_config(), "include": self.include, "exclude": self.exclude}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """The wrapper that `get_config` described."""
+        return cls(**keras.saving.deserialize_keras_object(config, custom_objects))

@@ -4,9 +4,10 @@ import keras
 import tensorflow as tf
 
 from tfcompress import schedules
+from tfcompress.checks import check_frequency, check_one_of, check_sparsity, check_threshold
 from tfcompress.layers.base import CompressionWrapper
 from tfcompress.ops import criteria, structures
-from tfcompress.ops.masks import apply_mask, choose_masks
+from tfcompress.ops.masks import apply_mask, choose_masks, threshold_mask
 
 _NEVER = -1
 
@@ -49,16 +50,18 @@ class Prune(CompressionWrapper):
     The zeros are held through `variable.constraint`, which Keras applies after every optimizer
     update. The masks and the step are the wrapper's own variables, so that a model saved in the
     middle of its schedule goes on from there. A layer that has weights when it is wrapped is pruned
-    at once where its schedule has begun; a new one in the first step. Masks follow the criterion
-    "magnitude"; criteria that need gradients or other layers belong to
+    at once where its schedule has begun; a new one in the first step. Criteria that need gradients
+    or other layers, allocation over several layers and regrowth belong to
     `tfcompress.callbacks.Pruning`.
 
     Args:
         layer: The layer to wrap.
-        sparsity: Fraction of zeros in [0, 1) for each kernel, a float or a schedule.
+        sparsity: Fraction of zeros in [0, 1) for each kernel, a float or a schedule; None where
+            the structure says it (n:m).
         threshold: Instead of a sparsity: the smallest magnitude that is kept, above 0.
-        criterion: Scores the weights: "magnitude".
-        structure: What is pruned as a unit: "unstructured".
+        criterion: Scores the weights: "magnitude", "random", or a function weight -> scores.
+        structure: What is pruned as a unit: "unstructured", "2:4" (any n:m), "channel", or an
+            object such as `tfcompress.structures.Block(4, 4)`.
         frequency: Steps between two choices of the mask. A step is one application of the
             constraint: an optimizer update, or a micro-batch under gradient accumulation.
         include: Glob or globs over the paths of the layer's variables; None for all kernels.
@@ -90,27 +93,20 @@ class Prune(CompressionWrapper):
         exclude=None,
         **kwargs,
     ):
-        if (sparsity is None) == (threshold is None):
-            raise ValueError(
-                f"Give either sparsity or threshold, got sparsity={sparsity} and "
-                f"threshold={threshold}; e.g. sparsity=0.8."
-            )
-        if threshold is not None and not threshold > 0:
-            raise ValueError(f"threshold must be above 0, got {threshold}; e.g. 0.1.")
-        if frequency < 1:
-            raise ValueError(f"frequency must be 1 step or more, got {frequency}.")
-        criteria.get(criterion)
-        structures.get(structure)
+        criteria.require(criteria.get(criterion), "layers.Prune", "weights", "index")
+        units = structures.get(structure)
+        check_one_of(units.sparsity if sparsity is None else sparsity, threshold)
+        if threshold is None:
+            self._schedule = check_sparsity(sparsity, units)[None]
+        else:
+            check_threshold(threshold)
+            self._schedule = schedules.OneShot(threshold)
         super().__init__(layer, include=include, exclude=exclude, **kwargs)
         self.sparsity = sparsity
         self.threshold = threshold
         self.criterion = criterion
         self.structure = structure
-        self.frequency = frequency
-        if threshold is None:
-            self._schedule = schedules.check_sparsity(schedules.get(sparsity))
-        else:
-            self._schedule = schedules.OneShot(threshold)
+        self.frequency = check_frequency(frequency)
 
     def build_state(self, was_built):
         """Make the masks, and set the constraints that hold them."""
@@ -136,15 +132,9 @@ class Prune(CompressionWrapper):
         arguments = {name: getattr(self, name) for name in names}
         return {**super().get_config(), **keras.saving.serialize_keras_object(arguments)}
 
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        """The wrapper that `get_config` described."""
-        config = keras.saving.deserialize_keras_object(config, custom_objects)
-        return cls(**config)
-
     def _choose(self, weight, step):
         if self.threshold is not None:
-            return tf.abs(weight) >= tf.cast(self.threshold, weight.dtype)
+            return threshold_mask(weight, self.threshold)
         return choose_masks([weight], self._schedule(step), self.criterion, self.structure)[0]
 
     def _add_state(self, kernel):

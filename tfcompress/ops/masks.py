@@ -1,13 +1,97 @@
-"""Masks: criterion, structure and allocation put together. True keeps, False prunes."""
+"""Masks: scores, structure and allocation put together. True keeps, False prunes."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import tensorflow as tf
 
 from tfcompress.ops import allocation as allocations
 from tfcompress.ops import criteria, structures
 
-__all__ = ["apply_mask", "choose_masks"]
+__all__ = [
+    "Units",
+    "apply_mask",
+    "apply_mask_straight_through",
+    "choose_masks",
+    "threshold_mask",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Units:
+    """How weights are cut into the units that are pruned as a whole; known before any value is.
+
+    Args:
+        shapes: Of each weight.
+        structures: The structure of each weight.
+        groups: The weights, by index, that share the mask of their units; each is in one group.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    structures: tuple[structures.Structure, ...]
+    groups: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def cut(cls, structure, shapes: Mapping[str, Sequence[int]]) -> tuple["Units", dict[str, str]]:
+        """The units of the weights of these paths and shapes that can be cut at all.
+
+        Args:
+            structure: A structure or its name.
+            shapes: Path -> shape.
+
+        Returns:
+            The units, of the weights in order, and path -> reason for those left out.
+        """
+        structure = structures.get(structure)
+        bound = {path: structure.bind(path, tuple(shape)) for path, shape in shapes.items()}
+        skipped = {path: each for path, each in bound.items() if isinstance(each, str)}
+        kept = {path: each for path, each in bound.items() if path not in skipped}
+        members: dict[tuple, list[int]] = {}
+        for i, (path, (own, group)) in enumerate(kept.items()):
+            members.setdefault((group, own.num_units(shapes[path])), []).append(i)
+        units = cls(
+            tuple(tuple(shapes[path]) for path in kept),
+            tuple(own for own, _ in kept.values()),
+            tuple(map(tuple, members.values())),
+        )
+        return units, skipped
+
+    def choose(self, scores: Sequence[tf.Tensor], sparsity, allocation) -> list[tf.Tensor]:
+        """Masks of the weights.
+
+        Args:
+            scores: Of each weight, of its shape.
+            sparsity: Fraction of zeros in [0, 1), a float or a scalar tensor.
+            allocation: From `allocation.get`.
+        """
+        if any(each.choose for each in self.structures):
+            pairs = zip(self.structures, scores, strict=True)
+            return [structure.choose(each, sparsity) for structure, each in pairs]
+        return self.spread(self.allocate(self.pool(scores), sparsity, allocation))
+
+    def allocate(self, scores: Sequence[tf.Tensor], sparsity, allocation) -> list[tf.Tensor]:
+        """Masks of each group's units, from their scores."""
+        return allocation(scores, sparsity, [self.shapes[members[0]] for members in self.groups])
+
+    def pool(self, scores: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Scores of each group's units; those of several weights are averaged by size."""
+        return [self._pool(members, scores) for members in self.groups]
+
+    def _pool(self, members, scores):
+        if len(members) == 1:
+            return self.structures[members[0]].pool(scores[members[0]])
+        pooled = [self.structures[i].pool(tf.cast(scores[i], tf.float32)) for i in members]
+        sizes = [tf.TensorShape(self.shapes[i]).num_elements() for i in members]
+        return tf.add_n([size * each for size, each in zip(sizes, pooled, strict=True)]) / sum(sizes)
+
+    def spread(self, units: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Masks of each group's units to masks of the weights."""
+        masks = {
+            i: self.structures[i].spread(mask, self.shapes[i])
+            for members, mask in zip(self.groups, units, strict=True)
+            for i in members
+        }
+        return [masks[i] for i in range(len(self.shapes))]
 
 
 def choose_masks(
@@ -17,7 +101,7 @@ def choose_masks(
     structure="unstructured",
     allocation="uniform",
 ) -> list[tf.Tensor]:
-    """Masks that prune `weights` to `sparsity`.
+    """Masks that prune `weights` to `sparsity`, by a criterion that reads nothing else.
 
     Args:
         weights: Floating tensors or `tf.Variable`s, none of size 0.
@@ -29,17 +113,22 @@ def choose_masks(
     Returns:
         A boolean tensor for each weight, of its shape.
 
+    Raises:
+        ValueError: An unknown name, a criterion that reads more than weights, or a weight that
+            cannot be cut into such units.
+
     Example:
 
     >>> choose_masks([tf.constant([1.0, -3.0, 2.0, 0.5])], 0.5)[0].numpy().tolist()
     [False, True, True, False]
     """
-    criterion, structure = criteria.get(criterion), structures.get(structure)
-    scores = [structure.pool(criterion(tf.identity(weight))) for weight in weights]
-    units = allocations.get(allocation)(scores, sparsity)
-    return [
-        structure.spread(mask, weight.shape) for mask, weight in zip(units, weights, strict=True)
-    ]
+    criterion = criteria.get(criterion)
+    criteria.require(criterion, "choose_masks", "weights", "index")
+    units, skipped = Units.cut(structure, {str(i): each.shape for i, each in enumerate(weights)})
+    if skipped:
+        raise ValueError(f"Weights, by index, that {structure!r} cannot prune: {skipped}.")
+    scores = [criteria.score(criterion, tf.identity(each), i) for i, each in enumerate(weights)]
+    return units.choose(scores, sparsity, allocations.get(allocation))
 
 
 def apply_mask(weight: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
@@ -58,3 +147,30 @@ def apply_mask(weight: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
     [1.0, 0.0]
     """
     return tf.where(mask, weight, tf.zeros((), weight.dtype))
+
+
+def threshold_mask(weight: tf.Tensor, threshold: float) -> tf.Tensor:
+    """True where `|weight| >= threshold`.
+
+    Example:
+
+    >>> threshold_mask(tf.constant([0.05, -0.2]), 0.1).numpy().tolist()
+    [False, True]
+    """
+    return tf.abs(weight) >= tf.cast(threshold, weight.dtype)
+
+
+@tf.custom_gradient
+def apply_mask_straight_through(weight: tf.Tensor, mask: tf.Tensor):
+    """`apply_mask`, whose gradient reaches the pruned weights as if they were there.
+
+    Example:
+
+    >>> weight = tf.constant([3.0, 4.0])
+    >>> with tf.GradientTape() as tape:
+    ...     tape.watch(weight)
+    ...     masked = apply_mask_straight_through(weight, tf.constant([True, False]))
+    >>> masked.numpy().tolist(), tape.gradient(masked, weight).numpy().tolist()
+    ([3.0, 0.0], [1.0, 1.0])
+    """
+    return apply_mask(weight, mask), lambda gradient: (gradient, None)

@@ -1,15 +1,24 @@
 """One-shot pruning of a model that is not being trained."""
 
 import logging
+from collections.abc import Mapping
+from typing import Any
 
 import keras
 import tensorflow as tf
 
-from tfcompress import schedules
-from tfcompress.keras_hooks.walk import select_kernels
-from tfcompress.ops.masks import apply_mask, choose_masks
+from tfcompress.checks import check_one_of, check_sparsity, check_threshold
+from tfcompress.graph.roles import Prunable, prunable
+from tfcompress.keras_hooks.walk import group_by_glob, select_kernels
+from tfcompress.ops import allocation as allocations
+from tfcompress.ops import criteria, structures
+from tfcompress.ops.masks import Units, apply_mask, threshold_mask
+from tfcompress.pruning.inputs import input_norms
+from tfcompress.pruning.sparsegpt import sparsegpt
 
 logger = logging.getLogger("tfcompress")
+
+Masks = dict[str, tf.Tensor]
 
 
 def prune(
@@ -19,6 +28,7 @@ def prune(
     criterion="magnitude",
     structure="unstructured",
     allocation="uniform",
+    calibration=None,
     include=None,
     exclude=None,
 ) -> keras.Model:
@@ -28,11 +38,17 @@ def prune(
 
     Args:
         model: A built Keras model.
-        sparsity: Fraction of zeros in [0, 1) for the kernels and embeddings.
+        sparsity: Fraction of zeros in [0, 1) for the kernels and embeddings, or {glob: fraction};
+            the first glob that matches a path counts. None where the structure says it (n:m).
         threshold: Instead of a sparsity: the smallest magnitude that is kept, above 0.
-        criterion: Scores the weights: "magnitude", or a function weight -> scores.
-        structure: What is pruned as a unit: "unstructured".
-        allocation: "uniform" (each weight) or "global" (all weights together).
+        criterion: Scores the weights: "magnitude", "random", "batch_norm", "wanda", "sparsegpt", an
+            object of `tfcompress.criteria`, or a function weight -> scores.
+        structure: What is pruned as a unit: "unstructured", "2:4" (any n:m), "channel", "head", or
+            an object of `tfcompress.structures`. "sparsegpt" knows the first two.
+        allocation: How the sparsity is shared out: "uniform" (each weight), "global" (all weights
+            of one glob together), "erk", "lamp". For "sparsegpt", magnitudes decide.
+        calibration: Inputs for "wanda" and "sparsegpt": arrays, a `tf.data.Dataset` or a generator,
+            some hundred examples.
         include: Glob or globs over `variable.path`; None for all kernels and embeddings.
         exclude: Glob or globs to leave out.
 
@@ -41,8 +57,8 @@ def prune(
 
     Raises:
         ValueError: Not exactly one of sparsity and threshold, a value out of range, an unknown
-            name, a glob that matches nothing, or a model without kernels. The model is left as
-            it was.
+            name, a glob that matches nothing, a model without kernels, or calibration data missing
+            or not needed. The model is left as it was.
 
     Example:
 
@@ -51,25 +67,94 @@ def prune(
     >>> int((kernel.numpy() == 0).sum())
     10
     """
-    if (sparsity is None) == (threshold is None):
-        raise ValueError(
-            f"Give either sparsity or threshold, got sparsity={sparsity} and "
-            f"threshold={threshold}; e.g. sparsity=0.8."
-        )
+    criterion, structure = criteria.get(criterion), structures.get(structure)
+    check_one_of(structure.sparsity if sparsity is None else sparsity, threshold)
+    _check_calibration(criterion, calibration)
     selected, skipped = select_kernels(model, include, exclude)
-    weights = [kernel.value for kernel in selected.values()]
     if threshold is not None:
-        masks = _threshold_masks(weights, threshold)
+        check_threshold(threshold)
+        masks = {path: threshold_mask(w.value, threshold) for path, w in selected.items()}
     else:
-        schedules.check_sparsity(schedules.Constant(sparsity))
-        masks = choose_masks(weights, sparsity, criterion, structure, allocation)
-    for kernel, mask in zip(selected.values(), masks, strict=True):
-        kernel.assign(apply_mask(tf.convert_to_tensor(kernel), mask))
-    logger.info("Pruned %s; skipped %s", list(selected), skipped)
+        sparsities = _final_values(check_sparsity(sparsity, structure))
+        chosen = prunable(model, selected, structure, criterion)
+        task = _Task(chosen, structure, allocations.get(allocation), sparsities)
+        masks, unreached = task.masks(model, criterion, calibration)
+        skipped = skipped | chosen.skipped | unreached
+    for path, mask in masks.items():
+        selected[path].assign(apply_mask(tf.convert_to_tensor(selected[path]), mask))
+    logger.info("Pruned %s; skipped %s", list(masks), skipped)
     return model
 
 
-def _threshold_masks(weights, threshold):
-    if not threshold > 0:
-        raise ValueError(f"threshold must be above 0, got {threshold}; e.g. 0.1.")
-    return [tf.abs(weight) >= tf.cast(threshold, weight.dtype) for weight in weights]
+class _Task:
+    """Masks for what is prunable, one group of weights a glob."""
+
+    def __init__(self, chosen: Prunable, structure, allocation, sparsities):
+        self.chosen = chosen
+        self.structure = structure
+        self.allocation = allocation
+        self.sparsities = sparsities
+
+    def masks(self, model, criterion, calibration) -> tuple[Masks, dict[str, str]]:
+        """Path -> mask, and path -> reason for what could not be scored."""
+        weights = self.chosen.weights
+        if criteria.reads(criterion) == "reconstruction":
+            return self._reconstructed(model, criterion, calibration), {}
+        statistics: Mapping[str, Any] = {path: i for i, path in enumerate(weights)}
+        skipped: dict[str, str] = {}
+        if criteria.reads(criterion) == "batch_norm":
+            statistics = {path: gamma.value for path, gamma in self.chosen.scales.items()}
+        if criteria.reads(criterion) == "inputs":
+            statistics, skipped = input_norms(model, list(weights), calibration)
+        return self._chosen(criterion, statistics), skipped
+
+    def _chosen(self, criterion, statistics) -> Masks:
+        masks: Masks = {}
+        for glob, paths in group_by_glob(self.sparsities, statistics).items():
+            kernels = {path: self.chosen.weights[path] for path in paths}
+            units, _ = Units.cut(self.structure, {path: w.shape for path, w in kernels.items()})
+            scores = [
+                criteria.score(criterion, tf.convert_to_tensor(kernel), statistics[path])
+                for path, kernel in kernels.items()
+            ]
+            found = units.choose(scores, self.sparsities[glob], self.allocation)
+            masks.update(zip(paths, found, strict=True))
+        return masks
+
+    def _reconstructed(self, model, criterion, calibration) -> Masks:
+        by_magnitude = self._chosen(criteria.magnitude, dict.fromkeys(self.chosen.weights))
+        sparsities = {
+            path: 1.0 - float(tf.reduce_mean(tf.cast(mask, tf.float64)))
+            for path, mask in by_magnitude.items()
+        }
+        n_of_m = None
+        if isinstance(self.structure, structures.NofM):
+            n_of_m = (self.structure.n, self.structure.m)
+            sparsities = dict.fromkeys(sparsities, self.structure.sparsity)
+        elif not isinstance(self.structure, structures.Unstructured):
+            raise ValueError(
+                f"sparsegpt prunes single weights or n:m, got structure={self.structure}. Use "
+                'criterion="wanda" or "magnitude" for it.'
+            )
+        settings = {"damping": criterion.damping, "block_size": criterion.block_size}
+        return sparsegpt(model, sparsities, calibration, n_of_m, **settings)
+
+
+def _final_values(schedules_by_glob) -> dict[str | None, float]:
+    return {
+        glob: schedule(schedule.end_step or schedule.begin_step)
+        for glob, schedule in schedules_by_glob.items()
+    }
+
+
+def _check_calibration(criterion, calibration):
+    available = ("weights", "index", "batch_norm", "inputs", "reconstruction")
+    criteria.require(criterion, "tfcompress.prune", *available)
+    needed = criteria.reads(criterion) in ("inputs", "reconstruction")
+    if needed == (calibration is None):
+        problem = "needs calibration data" if needed else "reads no calibration data"
+        raise ValueError(
+            f"The criterion {criterion} {problem}, got calibration="
+            f"{'None' if needed else type(calibration).__name__}. "
+            + ("Pass some hundred inputs." if needed else "Leave it out.")
+        )
