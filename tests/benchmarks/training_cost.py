@@ -81,7 +81,7 @@ def selection_ratios(size, jit_compile, pairs):
     kept = tf.constant(size // 5)
     sort = tf.function(lambda: tf.sort(tf.abs(weights))[0], jit_compile=jit_compile)
     select = tf.function(
-        lambda: tf.reduce_any(top_k_mask(tf.abs(weights), kept)), jit_compile=jit_compile
+        lambda: tf.reduce_any(top_k_mask(weights, kept, absolute=True)), jit_compile=jit_compile
     )
     sort(), select()
     return [_seconds(sort) / _seconds(select) for _ in range(pairs)]

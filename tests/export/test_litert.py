@@ -110,18 +110,23 @@ def output_step(path):
 
 
 @pytest.mark.parametrize(
-    ("make", "most"),
+    ("make", "most", "same"),
     [
-        (mlp, 1),
-        (cnn, 1),
-        (depthwise, 1),
-        (averages, 1),
-        (sequence, 1),
-        (residual, 2),
-        (branches, 3),
+        (mlp, 1, 0.98),
+        (cnn, 1, 0.98),
+        (depthwise, 1, 0.98),
+        (averages, 1, 0.98),
+        (residual, 1, 0.98),
+        (branches, 1, 0.98),
+        # LiteRT does two things here that the simulation does not. It computes silu as LOGISTIC and
+        # MUL, and writes the sigmoid in steps of 1/256. And MEAN over the 8 places multiplies their
+        # sum by a number in [1/4, 1/2), which its fixed-point arithmetic rounds to halves, then to
+        # integers: everything from 1/4 on is rounded up. Over the 64 places of a small image the
+        # first rounding is to 16ths, and does no harm.
+        (sequence, 2, 0.7),
     ],
 )
-def test_int8_is_within_steps_of_the_simulation_on_500_inputs(make, most, tmp_path):
+def test_int8_is_within_steps_of_the_simulation_on_500_inputs(make, most, same, tmp_path):
     model, x = trained(make(), QuantizationAwareTraining())
     artefact = export(model, tmp_path / "m.tflite", verify_on=x[:10])
     assert artefact.precision == "int8"
@@ -132,7 +137,7 @@ def test_int8_is_within_steps_of_the_simulation_on_500_inputs(make, most, tmp_pa
     simulated = simulate(model, held_out)
     steps = np.abs(artefact(held_out) - simulated) / output_step(artefact.path)
     assert steps.max() < most + 0.01
-    assert np.mean(steps < 0.5) > 0.7
+    assert np.mean(steps < 0.5) > same
     best = np.sort(simulated, axis=-1)
     clear = best[:, -1] - best[:, -2] > 2 * output_step(artefact.path)
     np.testing.assert_array_equal(artefact(held_out)[clear].argmax(-1), simulated[clear].argmax(-1))
@@ -156,6 +161,20 @@ def test_pruned_zeros_are_zeros_in_the_file(tmp_path):
     stored = {t.shape: t.nonzeros for t in artefact.tensors() if len(t.shape) == 2}
     assert pruned == {(16, 8): 32, (4, 16): 16}
     assert all(stored[shape] <= count for shape, count in pruned.items())
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_the_range_of_an_integer_input_is_seen(sequential, tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (256, 8)).astype("uint8")
+    operations = [layers.Rescaling(1 / 255), layers.Dense(4)]
+    model = chain(*operations, shape=(8,))
+    if not sequential:
+        model = keras.Model(model.inputs, model.outputs)
+    model.compile("sgd", "mse")
+    qat = QuantizationAwareTraining()
+    model.fit(x, np.ones((256, 4)), verbose=0, callbacks=[qat])
+    assert next(iter(qat.ranges.values())) == pytest.approx((0.0, 255.0), abs=5.0)
+    assert export(model, tmp_path / "m.tflite", verify_on=x).float_operators == ()
 
 
 def test_wrapped_models_are_written_with_their_ranges(tmp_path):
@@ -272,15 +291,25 @@ def test_several_inputs_and_outputs_keep_their_names_and_order(tmp_path):
         np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5)
 
 
+def test_a_dict_of_inputs_is_read_by_name(tmp_path):
+    b, a = keras.Input((3,), name="b"), keras.Input((3,), name="a")
+    model = keras.Model([b, a], layers.Dense(2)(layers.Subtract()([b, a])))
+    batch = {"a": RNG.normal(size=(64, 3)), "b": 100 * RNG.normal(size=(64, 3))}
+    found = export(model, tmp_path / "m.tflite", calibration=batch)(batch)
+    expected = model.predict(batch, verbose=0)
+    assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
+
+
 def test_a_model_without_a_layer_kernel_warns_of_random_input(tmp_path):
     with pytest.warns(UserWarning, match="verified on random input. Pass verify_on="):
         export(mlp(), tmp_path / "m.tflite")
 
 
 def test_given_data_gives_no_warning(tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
         export(mlp(), tmp_path / "m.tflite", verify_on=np.zeros((2, 8)))
+    assert [str(w.message) for w in found if issubclass(w.category, UserWarning)] == []
 
 
 def test_a_file_that_computes_something_else_is_removed(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from tests.report.examples import example_profiles
+from tests.report.examples import example, example_profiles
 from tfcompress import report
 from tfcompress.measure import Profile
 
@@ -89,6 +89,18 @@ def test_the_best_variants_are_named_first(page):
     text = " ".join(" ".join(page.text).split())
     assert "4.0x smaller file pruned [50%] $x$ <b> (litert int8), accuracy -0.5 points" in text
     assert "8.0x faster at batch 1" in text
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "text"), [(0.92, "+0.0"), (0.9197, "+0.0"), (0.9203, "+0.0"), (0.93, "+1.0")]
+)
+def test_a_change_that_rounds_to_zero_has_no_minus(accuracy, text, tmp_path):
+    profiles = [
+        example("net", "original", "keras", 400, 0.4),
+        example("net", "small", "keras", 100, 0.4, accuracy=accuracy),
+    ]
+    page = report.html(profiles, tmp_path / "r.html").read_text()
+    assert f"small (keras), accuracy {text} points" in page
 
 
 def test_a_variant_that_loses_accuracy_is_no_highlight(tmp_path):

@@ -339,22 +339,24 @@ class Pruning(MaskingCallback):
         )
 
     def _by_criterion(self, group, on, step):
-        scores = [
-            criteria.score(self._criterion, tf.convert_to_tensor(on["weights"][path]), statistic)
-            for path, statistic in self._statistics(group, on)
-        ]
+        weights = [on["weights"][path] for path in group.paths]
+        statistics = self._statistics(group, on)
         if self._reads("gradients") and self._criterion.forgets:
             for path in group.paths:
                 on["statistics"][path].assign(tf.zeros_like(on["statistics"][path]))
         if self._is_soft:
-            kept = [self._criterion.keep(each) for each in group.units.pool(scores)]
+            kept = [self._criterion.keep(each) for each in group.units.pool(statistics)]
             return group.units.spread(kept)
-        return group.units.choose(scores, group.schedule(step), self._allocation)
+        sparsity = group.schedule(step)
+        return group.units.masks(
+            weights, self._criterion, statistics, sparsity, self._allocation
+        )
 
     def _statistics(self, group, on):
         kinds = {"gradients": on.get("statistics"), "batch_norm": on.get("scales")}
         read = kinds.get(criteria.reads(self._criterion), self._places)
-        return [(path, read[path]) for path in group.paths]
+        # As tensors: a variable is reset before its scores are used.
+        return [tf.convert_to_tensor(read[path]) for path in group.paths]
 
     def _by_regrowth(self, group, on, step):
         masks = [on["masks"][path] for path in group.paths]

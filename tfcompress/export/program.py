@@ -60,7 +60,7 @@ class Program:
 
     def named(self, batch: Any) -> dict[str, np.ndarray]:
         """A batch in the structure of the model's input, by the names of the inputs."""
-        leaves = keras.tree.flatten(batch)
+        leaves = keras.tree.flatten(self._in_order(batch))
         if len(leaves) != len(self.inputs):
             raise ValueError(
                 f"The model {self.model.name!r} has {len(self.inputs)} inputs "
@@ -86,6 +86,13 @@ class Program:
             values = rng.uniform(low, high, shape) if spec.dtype.is_floating else np.zeros(shape)
             batch[spec.name] = values.astype(spec.dtype.as_numpy_dtype)
         return batch
+
+    def _in_order(self, batch):
+        """As Keras does: a dict for a model of listed inputs is read by their names."""
+        names = [tensor.name for tensor in keras.tree.flatten(self._structure)]
+        if isinstance(self._structure, dict) or not isinstance(batch, dict):
+            return batch
+        return [batch[name] for name in names] if set(names) <= set(batch) else batch
 
     def _shape(self, tensor):
         # A Sequential without an Input takes its batch size from the first batch it saw.

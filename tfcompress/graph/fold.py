@@ -180,11 +180,13 @@ def _choose(call: nodes.Call, uses: _Uses):
     return None, None, reasons
 
 
-def _obstacle(layer, norm, axis: int, uses: _Uses, call: nodes.Call, rank: int) -> str | None:
-    """What keeps a batch norm from being folded into `layer`, on either side."""
+def _obstacle(beside: nodes.Call, call: nodes.Call, uses: _Uses) -> str | None:
+    """What keeps the batch norm of `call` from being folded into the layer of `beside`."""
+    layer, norm = beside.operation, call.operation
+    axis, rank = _channel_axis(layer), len(call.outputs[0].shape)
     if type(layer) not in _RULES:
         return f"{type(layer).__name__} is not a linear layer with weights"
-    if uses.is_shared(call):
+    if uses.is_shared(beside):
         return "it is called more than once"
     if layer.quantization_mode is not None or getattr(layer, "lora_enabled", False):
         return "its weights are quantized or adapted by LoRA"
@@ -194,10 +196,8 @@ def _obstacle(layer, norm, axis: int, uses: _Uses, call: nodes.Call, rank: int) 
 
 
 def _obstacle_behind(previous: nodes.Call, call: nodes.Call, uses: _Uses) -> str | None:
-    layer, norm = previous.operation, call.operation
-    rank = len(call.outputs[0].shape)
-    reason = _obstacle(layer, norm, _channel_axis(layer), uses, previous, rank)
-    if reason is not None:
+    layer = previous.operation
+    if reason := _obstacle(previous, call, uses):
         return reason
     if uses.only_reader(previous) is None:
         return "something else reads its output too"
@@ -210,9 +210,7 @@ def _obstacle_behind(previous: nodes.Call, call: nodes.Call, uses: _Uses) -> str
 
 def _obstacle_before(following: nodes.Call, call: nodes.Call, uses: _Uses) -> str | None:
     layer, norm = following.operation, call.operation
-    rank = len(call.outputs[0].shape)
-    reason = _obstacle(layer, norm, _channel_axis(layer), uses, following, rank)
-    if reason is not None:
+    if reason := _obstacle(following, call, uses):
         return reason
     if len(following.inputs) != 1:
         return "it has several inputs"

@@ -33,13 +33,14 @@ def num_kept(num_units: int, sparsity):
     return max(round(num_units * (1.0 - sparsity)), 1)
 
 
-def uniform(scores: Sequence[tf.Tensor], sparsity, shapes=None) -> list[tf.Tensor]:
+def uniform(scores: Sequence[tf.Tensor], sparsity, shapes=None, absolute=False) -> list[tf.Tensor]:
     """Every weight gets the overall sparsity.
 
     Args:
         scores: Scores of each weight's units.
         sparsity: Fraction of zeros in [0, 1), a float or a scalar tensor.
         shapes: Not used; what every allocation takes.
+        absolute: Whether `|scores|` are meant; they are not copied.
 
     Returns:
         A boolean mask for each of `scores`, `num_kept` elements True in each.
@@ -50,16 +51,21 @@ def uniform(scores: Sequence[tf.Tensor], sparsity, shapes=None) -> list[tf.Tenso
     >>> [mask.numpy().tolist() for mask in masks]
     [[False, True], [False, True]]
     """
-    return [top_k_mask(each, num_kept(each.shape.num_elements(), sparsity)) for each in scores]
+    masks: list[tf.Tensor] = []
+    for each, size in zip(scores, _sizes(scores), strict=True):
+        with tf.control_dependencies(masks[-1:]):  # One weight's temporaries at a time.
+            masks.append(top_k_mask(each, num_kept(size, sparsity), absolute))
+    return masks
 
 
-def global_(scores: Sequence[tf.Tensor], sparsity, shapes=None) -> list[tf.Tensor]:
+def global_(scores: Sequence[tf.Tensor], sparsity, shapes=None, absolute=False) -> list[tf.Tensor]:
     """All weights compete: the lowest scores go, wherever they are.
 
     Args:
         scores: Scores of each weight's units.
         sparsity: Fraction of zeros over all of them, in [0, 1).
         shapes: Not used; what every allocation takes.
+        absolute: Whether `|scores|` are meant; they are not copied.
 
     Returns:
         A boolean mask for each of `scores`, `num_kept` of the total True in all.
@@ -70,7 +76,7 @@ def global_(scores: Sequence[tf.Tensor], sparsity, shapes=None) -> list[tf.Tenso
     >>> [mask.numpy().tolist() for mask in masks]
     [[False, False], [True, True]]
     """
-    return top_k_masks(scores, num_kept(sum(_sizes(scores)), sparsity))
+    return top_k_masks(scores, num_kept(sum(_sizes(scores)), sparsity), absolute)
 
 
 def erk(scores: Sequence[tf.Tensor], sparsity, shapes=None) -> list[tf.Tensor]:

@@ -16,6 +16,9 @@ __all__ = [
     "threshold_mask",
 ]
 
+# These read the weights themselves, without a copy of their magnitudes.
+_OF_MAGNITUDES = (allocations.uniform, allocations.global_)
+
 
 @dataclasses.dataclass(frozen=True)
 class Units:
@@ -55,6 +58,23 @@ class Units:
             tuple(map(tuple, members.values())),
         )
         return units, skipped
+
+    def masks(self, weights, criterion, statistics, sparsity, allocation) -> list[tf.Tensor]:
+        """Masks of the weights, from a criterion.
+
+        Args:
+            weights: Floating tensors or variables.
+            criterion: From `criteria.get`.
+            statistics: What it reads, for each weight.
+            sparsity: Fraction of zeros in [0, 1), a float or a scalar tensor.
+            allocation: From `allocation.get`.
+        """
+        single = all(isinstance(each, structures.Unstructured) for each in self.structures)
+        if single and criterion is criteria.magnitude and allocation in _OF_MAGNITUDES:
+            return allocation([tf.convert_to_tensor(w) for w in weights], sparsity, absolute=True)
+        pairs = zip(weights, statistics, strict=True)
+        scores = [criteria.score(criterion, tf.convert_to_tensor(w), each) for w, each in pairs]
+        return self.choose(scores, sparsity, allocation)
 
     def choose(self, scores: Sequence[tf.Tensor], sparsity, allocation) -> list[tf.Tensor]:
         """Masks of the weights.
@@ -127,8 +147,8 @@ def choose_masks(
     units, skipped = Units.cut(structure, {str(i): each.shape for i, each in enumerate(weights)})
     if skipped:
         raise ValueError(f"Weights, by index, that {structure!r} cannot prune: {skipped}.")
-    scores = [criteria.score(criterion, tf.identity(each), i) for i, each in enumerate(weights)]
-    return units.choose(scores, sparsity, allocations.get(allocation))
+    allocation = allocations.get(allocation)
+    return units.masks(weights, criterion, range(len(weights)), sparsity, allocation)
 
 
 def apply_mask(weight: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:

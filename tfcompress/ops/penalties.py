@@ -3,7 +3,7 @@
 import keras
 import tensorflow as tf
 
-from tfcompress.ops.structures import Structure, Unstructured
+from tfcompress.ops.structures import Structure
 
 __all__ = ["AddedPenalty", "group_lasso", "group_soft_threshold", "l1", "soft_threshold"]
 
@@ -58,7 +58,7 @@ def group_lasso(weight: tf.Tensor, strength: float, structure: Structure) -> tf.
     Args:
         weight: Floating tensor; float16 and bfloat16 are computed in float32.
         strength: 0 or more.
-        structure: Its units are the groups g; for `Unstructured` this is `l1`.
+        structure: Its units are the groups g; groups of one make it `l1`.
 
     Returns:
         Scalar tensor of the same dtype.
@@ -72,7 +72,7 @@ def group_lasso(weight: tf.Tensor, strength: float, structure: Structure) -> tf.
     >>> round(float(group_lasso(tf.constant([[3.0, 0.0], [4.0, 0.0]]), 1.0, Channel())), 4)
     7.0711
     """
-    if isinstance(structure, Unstructured):
+    if _is_elementwise(weight, structure):
         return l1(weight, strength)
     norms, roots = _group_norms(weight, structure)
     return tf.cast(strength * tf.reduce_sum(roots * norms), weight.dtype)
@@ -88,7 +88,7 @@ def group_soft_threshold(weight: tf.Tensor, amount, structure: Structure) -> tf.
         weight: Floating tensor; float16 and bfloat16 are computed in float32.
         amount: How far the norm of a group moves towards 0, for each root of its size; learning
             rate times strength in training.
-        structure: Its units are the groups g; for `Unstructured` this is `soft_threshold`.
+        structure: Its units are the groups g; groups of one make it `soft_threshold`.
 
     Returns:
         Tensor of the same shape and dtype.
@@ -102,7 +102,7 @@ def group_soft_threshold(weight: tf.Tensor, amount, structure: Structure) -> tf.
     >>> group_soft_threshold(tf.constant([[3.0, 4.0, 0.5]]), 2.0, Block(1, 2)).numpy().round(4)
     array([[1.3029, 1.7373, 0.    ]], dtype=float32)
     """
-    if isinstance(structure, Unstructured):
+    if _is_elementwise(weight, structure):
         return soft_threshold(weight, amount)
     norms, roots = _group_norms(weight, structure)
     shrink = tf.cast(amount, norms.dtype) * roots
@@ -111,6 +111,11 @@ def group_soft_threshold(weight: tf.Tensor, amount, structure: Structure) -> tf.
     left = tf.where(survives, 1.0 - shrink / tf.where(norms > 0, norms, 1.0), 0.0)
     shrunk = tf.cast(weight, norms.dtype) * structure.spread(left, weight.shape)
     return tf.cast(shrunk, weight.dtype)
+
+
+def _is_elementwise(weight, structure):
+    size = weight.shape.num_elements()
+    return structure.choose is None and structure.num_units(weight.shape) == size
 
 
 def _group_norms(weight, structure):
@@ -133,6 +138,7 @@ class AddedPenalty(keras.regularizers.Regularizer):
 
     Example:
 
+    >>> from tfcompress.ops.structures import Unstructured
     >>> penalty = AddedPenalty(keras.regularizers.L2(0.5), 1.0, Unstructured())
     >>> float(penalty(tf.constant([-2.0])))
     4.0

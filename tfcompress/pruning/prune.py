@@ -113,11 +113,9 @@ class _Task:
         for glob, paths in group_by_glob(self.sparsities, statistics).items():
             kernels = {path: self.chosen.weights[path] for path in paths}
             units, _ = Units.cut(self.structure, {path: w.shape for path, w in kernels.items()})
-            scores = [
-                criteria.score(criterion, tf.convert_to_tensor(kernel), statistics[path])
-                for path, kernel in kernels.items()
-            ]
-            found = units.choose(scores, self.sparsities[glob], self.allocation)
+            read = [statistics[path] for path in paths]
+            weights, sparsity = list(kernels.values()), self.sparsities[glob]
+            found = units.masks(weights, criterion, read, sparsity, self.allocation)
             masks.update(zip(paths, found, strict=True))
         return masks
 

@@ -40,6 +40,7 @@ def html(
     path: str | os.PathLike,
     title: str = "Compression report",
     inputs: Mapping[str, Any] | None = None,
+    sensitivity: Any = None,
 ) -> pathlib.Path:
     """Write a report as one self-contained HTML file.
 
@@ -52,12 +53,14 @@ def html(
         path: The file to write.
         title: The heading.
         inputs: What the numbers come from (data, seed, options), shown as given.
+        sensitivity: What `tfcompress.sensitivity` returned, or its `get_config()`, to be plotted.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: There are no profiles, or the path cannot be written.
+        ValueError: There are no profiles, the path cannot be written, or `sensitivity` is something
+            else.
         ImportError: jinja2 or matplotlib is missing.
 
     Example:
@@ -79,6 +82,7 @@ def html(
         sections=[_section(model, group) for model, group in groups(profiles).items()],
         inputs=_texts(inputs or {}),
         environments=_environments(profiles),
+        sensitivity=None if sensitivity is None else _sensitivity(sensitivity),
     )
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -136,7 +140,8 @@ def _highlight(
     if not measured or (best := max(measured, key=lambda row: row[key]))[key] <= 1:
         return None
     loss = _accuracy_loss(best, original)
-    change = "" if loss is None else f", accuracy {-100 * loss:+.1f} points"
+    # Adding 0 turns a negative zero into a positive one.
+    change = "" if loss is None else f", accuracy {round(-100 * loss, 1) + 0.0:+.1f} points"
     return Highlight(formatted(best)[key], label, f"{best['variant']} ({best['tool']}){change}")
 
 
@@ -170,6 +175,12 @@ def _histograms(group: Sequence[Profile], used: figures.Styles) -> list[Figure]:
 def _figure(title: str, drawing: figures.Drawing, shown, used: figures.Styles) -> Figure:
     markup = require("markupsafe", extra="report").Markup
     return Figure(title, markup(drawing.svg(shown, used)))
+
+
+def _sensitivity(result: Any) -> Figure:
+    shown, drawing = figures.curves(result), figures.SENSITIVITY
+    title = f"{shown.metric} against the zeros in one weight at a time"
+    return _figure(title, drawing, shown, drawing.styles(shown))
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:

@@ -119,8 +119,7 @@ def compact(count: float) -> str:
     >>> compact(64), compact(109_386), compact(25_600_000)
     ('64', '109k', '25.6M')
     """
-    value, prefix = _scaled(count)
-    return f"{value:.3g}{prefix}"
+    return _scaled(count, "")
 
 
 def bytes_text(count: float) -> str:
@@ -131,15 +130,14 @@ def bytes_text(count: float) -> str:
     >>> bytes_text(999), bytes_text(423_456), bytes_text(12_345_678)
     ('999 B', '423 kB', '12.3 MB')
     """
-    value, prefix = _scaled(count)
-    return f"{value:.3g} {prefix}B"
+    return _scaled(count, " ") + "B"
 
 
-def _scaled(value: float) -> tuple[float, str]:
+def _scaled(value: float, space: str) -> str:
     prefixes = ["", "k", "M", "G"]
     while value >= 999.5 and len(prefixes) > 1:
         value, prefixes = value / 1000, prefixes[1:]
-    return value, prefixes[0]
+    return f"{value:.3g}{space}{prefixes[0]}"
 
 
 def _ratio_text(value: float) -> str:

