@@ -19,14 +19,14 @@ if keras.backend.backend() != "tensorflow":
         "is imported first."
     )
 
-from tfcompress import callbacks, layers, measure, quantization, report, schedules
+from tfcompress import callbacks, layers, measure, quantization, report, schedules, zoo
 from tfcompress.artefact import Artefact
 from tfcompress.export import ExportError, export
 from tfcompress.graph import expand, fold_batch_norm
 from tfcompress.layers import strip
 from tfcompress.ops import allocation as allocations
 from tfcompress.ops import criteria, regrowth, structures
-from tfcompress.pruning import prune
+from tfcompress.pruning import prune, sensitivity
 from tfcompress.quantization import quantize
 
 __all__ = [
@@ -46,6 +46,8 @@ __all__ = [
     "regrowth",
     "report",
     "schedules",
+    "sensitivity",
     "strip",
     "structures",
+    "zoo",
 ]

@@ -10,6 +10,7 @@ MiniLM is fine-tuned on 2,000 film reviews first, for one epoch and one seed.
 
 import argparse
 import collections
+import glob
 import os
 import statistics
 import time
@@ -22,14 +23,10 @@ import rich.console
 import rich.table
 import tensorflow as tf
 
+import tfcompress as tfc
 from tfcompress import zoo
 from tfcompress.keras_hooks.walk import select_kernels
-from tfcompress.ops.allocation import num_kept
-from tfcompress.ops.selection import top_k_mask
-from tfcompress.ops.structures import NofM
 from tfcompress.pruning.inputs import linear_kernels, second_moments
-from tfcompress.pruning.sparsegpt import sparsegpt
-from tfcompress.pruning.wanda import wanda_scores
 
 HOWS = ("50%", "2:4")
 
@@ -39,38 +36,15 @@ def prunable(model):
     return linear_kernels(model, list(select_kernels(model)[0]))[0]
 
 
-def prune_by_scores(pruned, scores, how):
-    for path, kernel in pruned.items():
-        if how == "50%":
-            mask = top_k_mask(scores[path], num_kept(int(np.prod(scores[path].shape)), 0.5))
-        else:
-            # Along the inputs, which are not the next to last axis of every EinsumDense.
-            depth = kernel.variable.shape[kernel.axes[-1]]
-            runs = kernel.to_matrix(np.asarray(scores[path])).reshape(kernel.num_inputs, -1)
-            groups = runs.reshape(-1, depth, runs.shape[1])
-            chosen = NofM(2, 4).choose(tf.constant(groups), 0.5).numpy()
-            mask = kernel.from_matrix(chosen.reshape(runs.shape))
-        kernel.variable.assign(np.where(mask, kernel.variable.numpy(), 0))
+def prune(model, criterion, calibration, how):
+    """In place, the kernels that all three methods prune."""
+    arguments = {"structure": "2:4"} if how == "2:4" else {"sparsity": 0.5}
+    include = [glob.escape(path) for path in prunable(model)]
+    data = None if criterion == "magnitude" else calibration
+    tfc.prune(model, criterion=criterion, include=include, calibration=data, **arguments)
 
 
-def magnitude(model, calibration, how):
-    pruned = prunable(model)
-    scores = {path: tf.abs(kernel.variable.value) for path, kernel in pruned.items()}
-    prune_by_scores(pruned, scores, how)
-
-
-def wanda(model, calibration, how):
-    pruned = prunable(model)
-    prune_by_scores(pruned, wanda_scores(model, list(pruned), calibration)[0], how)
-
-
-def sparse_gpt(model, calibration, how):
-    sparsities = dict.fromkeys(prunable(model), 0.5)
-    n_of_m = (2, 4) if how == "2:4" else None
-    sparsegpt(model, sparsities, calibration, n_of_m, progress=False)
-
-
-METHODS = {"magnitude": magnitude, "Wanda": wanda, "SparseGPT": sparse_gpt}
+METHODS = {"magnitude": "magnitude", "Wanda": "wanda", "SparseGPT": "sparsegpt"}
 
 
 def relative(reference, other):
@@ -104,9 +78,9 @@ def measure(model, calibration, x_test, y_test, hows=HOWS):
     moments = second_moments(model, prunable(model), x_test)
     results = {("", "dense"): (0.0, 0.0, accuracy(reference, y_test), 0.0)}
     for how in hows:
-        for name, method in METHODS.items():
+        for name, criterion in METHODS.items():
             start = time.perf_counter()
-            method(model, calibration, how)
+            prune(model, criterion, calibration, how)
             seconds = time.perf_counter() - start
             outputs = model.predict(x_test, verbose=0)
             errors = layer_error(dense, matrices(model), moments), relative(reference, outputs)

@@ -1,3 +1,4 @@
+import keras
 import numpy as np
 import pytest
 
@@ -38,6 +39,72 @@ def test_a_criterion_of_ones_own():
     assert all((weight <= 0.3).all() for weight in kernels(model).values())
 
 
+def conv_net():
+    layers = [
+        keras.Input((8, 8, 3)),
+        keras.layers.Conv2D(8, 3, name="stem"),
+        keras.layers.BatchNormalization(),
+        keras.layers.DepthwiseConv2D(3, name="depthwise"),
+        keras.layers.Flatten(),
+        keras.layers.Dense(4, name="head"),
+    ]
+    return keras.Sequential(layers, name="net")
+
+
+IMAGES = np.random.default_rng(0).normal(size=(20, 8, 8, 3)).astype("float32")
+
+
+@pytest.mark.parametrize("criterion", ["wanda", "sparsegpt"])
+@pytest.mark.parametrize("arguments", [{"sparsity": 0.7}, {"structure": "2:4"}])
+def test_calibrated_criteria_prune_what_has_inputs_to_capture(criterion, arguments):
+    model = conv_net()
+    depthwise = model.get_layer("depthwise").kernel.numpy()
+    tfc.prune(model, criterion=criterion, calibration=IMAGES, **arguments)
+    for name in ("stem", "head"):
+        weight = model.get_layer(name).kernel.numpy()
+        zeros = int((weight == 0).sum())
+        if "sparsity" in arguments:
+            assert zeros == weight.size - round(weight.size * 0.3)
+        elif name == "head":
+            assert zeros == weight.size // 2
+        else:  # 3 input channels: one group of 3 keeps round(1.5) = 2.
+            assert zeros == weight.size // 3
+    np.testing.assert_array_equal(model.get_layer("depthwise").kernel.numpy(), depthwise)
+
+
+def test_sparsegpt_follows_the_allocation():
+    model = conv_net()
+    include = ["*stem*", "*head*"]
+    copy = conv_net_like(model)
+    tfc.prune(copy, 0.8, allocation="erk", include=include)
+    counts = {path: int((w == 0).sum()) for path, w in kernels(copy).items()}
+    tfc.prune(
+        model, 0.8, criterion="sparsegpt", allocation="erk", calibration=IMAGES, include=include
+    )
+    assert {path: int((w == 0).sum()) for path, w in kernels(model).items()} == counts
+
+
+def conv_net_like(model):
+    copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    return copy
+
+
+def test_channels_of_a_depthwise_kernel_are_left_with_the_remedy(caplog):
+    with caplog.at_level("INFO", "tfcompress"):
+        model = tfc.prune(conv_net(), 0.5, structure="channel")
+    assert "prune it by Channel(axis=-2)" in caplog.text
+    assert (model.get_layer("depthwise").kernel.numpy() != 0).all()
+    stem = np.abs(model.get_layer("stem").kernel.numpy()).sum((0, 1, 2))
+    assert (stem == 0).sum() == 4
+
+
+def test_a_dictionary_prunes_what_it_names():
+    model = tfc.prune(mlp(), {"*head*": 0.5})
+    hidden, head = kernels(model).values()
+    assert (hidden != 0).all() and (head == 0).sum() == 24
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -47,6 +114,10 @@ def test_a_criterion_of_ones_own():
         ({"threshold": -1}, "threshold must be above 0, got -1"),
         ({"sparsity": 0.5, "criterion": "magic"}, "Unknown criterion 'magic'"),
         ({"sparsity": 0.5, "include": "nothing"}, "The glob 'nothing' matches no variable"),
+        ({"sparsity": 0.5, "criterion": "wanda"}, "needs calibration data"),
+        ({"sparsity": 0.5, "calibration": np.ones(3)}, "reads no calibration data"),
+        ({"sparsity": 0.5, "criterion": "movement"}, "use tfcompress.callbacks.Pruning"),
+        ({"sparsity": 0.6, "structure": "2:4"}, "ends at the sparsity 0.5, got 0.6"),
     ],
 )
 def test_bad_input_is_refused_and_the_model_is_as_it_was(arguments, message):

@@ -6,11 +6,19 @@ import pytest
 
 from tests.models import kernels, mlp, nested, subclassed
 from tfcompress.keras_hooks.overlay import all_layers
-from tfcompress.pruning.wanda import wanda_scores
+from tfcompress.keras_hooks.walk import named_variables
+from tfcompress.ops.criteria import Wanda
+from tfcompress.pruning.inputs import input_norms
 
 
 def data(num_examples=50, seed=0):
     return np.random.default_rng(seed).normal(size=(num_examples, 12)).astype("float32")
+
+
+def wanda_scores(model, paths, calibration):
+    norms, skipped = input_norms(model, paths, calibration)
+    named = named_variables(model)
+    return {path: Wanda()(named[path].value, norm) for path, norm in norms.items()}, skipped
 
 
 def test_scores_by_hand():

@@ -9,11 +9,18 @@ import keras
 from tfcompress.graph.expand import expand
 from tfcompress.graph.rebuild import consumers
 from tfcompress.keras_hooks import nodes
-from tfcompress.keras_hooks.overlay import outside_of_calls
+from tfcompress.keras_hooks.overlay import outside_of_calls, readers
 from tfcompress.ops import criteria, structures
 from tfcompress.ops.masks import Units
 
 _log = logging.getLogger("tfcompress")
+_CHANNELS_BEFORE_LAST = (
+    keras.layers.DepthwiseConv1D,
+    keras.layers.DepthwiseConv2D,
+    keras.layers.Conv1DTranspose,
+    keras.layers.Conv2DTranspose,
+    keras.layers.Conv3DTranspose,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +65,7 @@ def prunable(
     """
     _, skipped = Units.cut(structure, {path: w.shape for path, w in weights.items()})
     if isinstance(structure, structures.Channel):
-        skipped |= leave_output_layer(model, weights)
+        skipped |= leave_output_layer(model, weights) | _other_channels(model, weights, structure)
     scales = {}
     if criteria.reads(criterion) == "batch_norm":
         found = batch_norm_scales(model)
@@ -72,6 +79,20 @@ def prunable(
             f"{model.name!r}: {skipped}."
         )
     return Prunable(left, skipped, scales)
+
+
+def _other_channels(model, weights, structure) -> dict[str, str]:
+    """The kernels whose output channels are not where the default axis looks for them."""
+    if structure.axis != -1:
+        return {}
+    paths = {id(weight): path for path, weight in weights.items()}
+    return {
+        paths[id(kernel)]: f"the channels of {type(layer).__name__} are axis -2 of its kernel: "
+        "prune it by Channel(axis=-2)"
+        for layer, kernels in readers(model, weights.values())
+        for kernel in kernels
+        if isinstance(layer, _CHANNELS_BEFORE_LAST)
+    }
 
 
 def leave_output_layer(

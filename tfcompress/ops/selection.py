@@ -12,6 +12,8 @@ import tensorflow as tf
 
 __all__ = ["order_keys", "top_k_mask", "top_k_masks"]
 
+_ROW = 1024
+
 
 def order_keys(scores: tf.Tensor) -> tf.Tensor:
     """int32 keys in the order of `scores`: `a < b` exactly where `key(a) < key(b)`.
@@ -149,7 +151,7 @@ def _keep_first_ties(bits, key, threshold, k):
     def ties_before(each, end):
         # Positions in one tensor fit into int32, those in all of them together may not.
         end = tf.cast(tf.clip_by_value(end - starts[id(each)], 0, 2**31 - 1), tf.int32)
-        return (key(each) == threshold) & (tf.range(tf.size(each)) < end)
+        return (key(each) == threshold) & _are_before(end, tf.size(each))
 
     wanted = k - _count(lambda each: key(each) > threshold, bits)
 
@@ -161,6 +163,13 @@ def _keep_first_ties(bits, key, threshold, k):
     bounds = (tf.constant(0, tf.int64), total)
     end = tf.while_loop(lambda low, high: low < high, halve, bounds)[0]
     return _in_turn(lambda each: (key(each) > threshold) | ties_before(each, end), bits)
+
+
+def _are_before(end, size):
+    """Whether each of `size` positions comes before `end`."""
+    # In rows, since Grappler makes a constant of the whole range, as large as the weight.
+    starts = tf.range((size + _ROW - 1) // _ROW) * _ROW - end
+    return tf.reshape(starts[:, tf.newaxis] + tf.range(_ROW) < 0, [-1])[:size]
 
 
 def _count(condition: Callable, bits: Sequence[tf.Tensor]) -> tf.Tensor:

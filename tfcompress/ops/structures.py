@@ -141,8 +141,9 @@ class NofM(Structure):
     Args:
         n: How many of each group are kept, 1 to m - 1.
         m: Weights in a group.
-        axis: The axis that the groups lie along; -2 holds the inputs of a Dense kernel and the
-            input channels of a convolution's.
+        axis: The axis that the groups lie along; None for the reduction axis: -2 in Dense kernels
+            and convolutions (input channels), -3 in the query, key and value kernels of attention
+            (dim, heads, head_dim).
 
     Raises:
         ValueError: n or m out of range.
@@ -156,7 +157,7 @@ class NofM(Structure):
 
     n: int
     m: int
-    axis: int = -2
+    axis: int | None = None
 
     def __post_init__(self):
         if not 1 <= self.n < self.m:
@@ -182,7 +183,7 @@ class NofM(Structure):
             Boolean tensor of the same shape. A last group of r < m keeps `num_kept(r, sparsity)`.
             Of equal scores in a group the first are kept.
         """
-        before, length, after = _around(scores.shape, self.axis, self)
+        before, length, after = _around(scores.shape, -2 if self.axis is None else self.axis, self)
         keys = order_keys(tf.reshape(scores, (before, length, after)))
         groups, rest = divmod(length, self.m)
         whole = tf.reshape(keys[:, : groups * self.m], (before, groups, self.m, after))
@@ -190,6 +191,14 @@ class NofM(Structure):
         if rest:
             parts.append(_first_in_group(keys[:, tf.newaxis, groups * self.m :], sparsity)[:, 0])
         return tf.reshape(tf.concat(parts, 1), scores.shape)
+
+    def bind(self, path, shape):
+        """The reduction axis of this very weight."""
+        bound = super().bind(path, shape)
+        projects = re.search(r"(query|key|value)/kernel(#\d+)?$", path)
+        if self.axis is not None or isinstance(bound, str) or not (projects and len(shape) == 3):
+            return bound
+        return dataclasses.replace(self, axis=-3), path
 
     def num_units(self, shape) -> int:
         """How many units a weight of `shape` has: its weights."""

@@ -13,7 +13,7 @@ from tfcompress.keras_hooks.walk import group_by_glob, select_kernels
 from tfcompress.ops import allocation as allocations
 from tfcompress.ops import criteria, structures
 from tfcompress.ops.masks import Units, apply_mask, threshold_mask
-from tfcompress.pruning.inputs import input_norms
+from tfcompress.pruning.inputs import input_norms, linear_kernels
 from tfcompress.pruning.sparsegpt import sparsegpt
 
 logger = logging.getLogger("tfcompress")
@@ -99,7 +99,7 @@ class _Task:
         """Path -> mask, and path -> reason for what could not be scored."""
         weights = self.chosen.weights
         if criteria.reads(criterion) == "reconstruction":
-            return self._reconstructed(model, criterion, calibration), {}
+            return self._reconstructed(model, criterion, calibration)
         statistics: Mapping[str, Any] = {path: i for i, path in enumerate(weights)}
         skipped: dict[str, str] = {}
         if criteria.reads(criterion) == "batch_norm":
@@ -119,23 +119,30 @@ class _Task:
             masks.update(zip(paths, found, strict=True))
         return masks
 
-    def _reconstructed(self, model, criterion, calibration) -> Masks:
-        by_magnitude = self._chosen(criteria.magnitude, dict.fromkeys(self.chosen.weights))
-        sparsities = {
-            path: 1.0 - float(tf.reduce_mean(tf.cast(mask, tf.float64)))
-            for path, mask in by_magnitude.items()
-        }
+    def _reconstructed(self, model, criterion, calibration) -> tuple[Masks, dict[str, str]]:
         n_of_m = None
         if isinstance(self.structure, structures.NofM):
             n_of_m = (self.structure.n, self.structure.m)
-            sparsities = dict.fromkeys(sparsities, self.structure.sparsity)
         elif not isinstance(self.structure, structures.Unstructured):
             raise ValueError(
                 f"sparsegpt prunes single weights or n:m, got structure={self.structure}. Use "
                 'criterion="wanda" or "magnitude" for it.'
             )
+        kernels, skipped = linear_kernels(model, list(self.chosen.weights))
+        if n_of_m is None:
+            sparsities = self._by_magnitude(kernels)
+        else:
+            sparsities = dict.fromkeys(kernels, self.structure.sparsity)
         settings = {"damping": criterion.damping, "block_size": criterion.block_size}
-        return sparsegpt(model, sparsities, calibration, n_of_m, **settings)
+        return sparsegpt(model, sparsities, calibration, n_of_m, **settings), skipped
+
+    def _by_magnitude(self, kernels) -> dict[str, float]:
+        """What the allocation gives each kernel, by its magnitudes."""
+        masks = self._chosen(criteria.magnitude, dict.fromkeys(kernels))
+        return {
+            path: 1.0 - float(tf.reduce_mean(tf.cast(mask, tf.float64)))
+            for path, mask in masks.items()
+        }
 
 
 def _final_values(schedules_by_glob) -> dict[str | None, float]:

@@ -172,15 +172,20 @@ def _histograms(group: Sequence[Profile], used: figures.Styles) -> list[Figure]:
     return [_figure(v.variant, drawing, [found[0], v], used) for v in found[1:]]
 
 
-def _figure(title: str, drawing: figures.Drawing, shown, used: figures.Styles) -> Figure:
+def _figure(
+    title: str, drawing: figures.Drawing, shown, used: figures.Styles, text: str | None = None
+) -> Figure:
+    """A figure with its title, or more of a text, for those who cannot see it."""
     markup = require("markupsafe", extra="report").Markup
-    return Figure(title, markup(drawing.svg(shown, used)))
+    opening = markup('<svg role="img" aria-label="{}"').format(text or title)
+    return Figure(title, opening + markup(drawing.svg(shown, used).removeprefix("<svg")))
 
 
 def _sensitivity(result: Any) -> Figure:
     shown, drawing = figures.curves(result), figures.SENSITIVITY
     title = f"{shown.metric} against the zeros in one weight at a time"
-    return _figure(title, drawing, shown, drawing.styles(shown))
+    text = f"{title}; most sensitive first: {', '.join(shown.most_sensitive)}"
+    return _figure(title, drawing, shown, drawing.styles(shown), text)
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:
