@@ -44,17 +44,24 @@ FINE_TUNED: dict[str, Callable] = {
     "gradual, global, gradient": _gradual(allocation="global", criterion="gradient"),
     "gradual, global, fisher": _gradual(allocation="global", criterion="fisher"),
 }
+def _scratch(allocation, regrowth=None):
+    def make(sparsity, steps):
+        rule = regrowth and regrowth(end_step=steps * 3 // 4)
+        return tfc.callbacks.Pruning(
+            sparsity, criterion="random", allocation=allocation, frequency=20, regrowth=rule
+        )
+
+    return make
+
+
 SCRATCH: dict[str, Callable] = {
-    "static random": lambda s, steps: _random(s, None),
-    "SET": lambda s, steps: _random(s, tfc.regrowth.SET(end_step=steps * 3 // 4)),
-    "RigL": lambda s, steps: _random(s, tfc.regrowth.RigL(end_step=steps * 3 // 4)),
+    "static random, uniform": _scratch("uniform"),
+    "SET, uniform": _scratch("uniform", tfc.regrowth.SET),
+    "RigL, uniform": _scratch("uniform", tfc.regrowth.RigL),
+    "static random, ERK": _scratch("erk"),
+    "SET, ERK": _scratch("erk", tfc.regrowth.SET),
+    "RigL, ERK": _scratch("erk", tfc.regrowth.RigL),
 }
-
-
-def _random(sparsity, regrowth):
-    return tfc.callbacks.Pruning(
-        sparsity, criterion="random", allocation="erk", frequency=20, regrowth=regrowth
-    )
 
 
 class Study:

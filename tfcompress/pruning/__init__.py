@@ -1,5 +1,7 @@
 """Pruning outside of training."""
 
+from tfcompress.pruning.budget import budget
 from tfcompress.pruning.prune import prune
+from tfcompress.pruning.sensitivity import Sensitivity, sensitivity
 
-__all__ = ["prune"]
+__all__ = ["Sensitivity", "budget", "prune", "sensitivity"]

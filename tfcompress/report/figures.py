@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,22 +53,23 @@ def _unique(names: Iterable[str]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """How to draw profiles into a figure, and the inches that this takes."""
+    """How to draw profiles, or other data, into a figure, and the inches that this takes."""
 
-    draw: Callable[[Any, Sequence[Profile], Styles], None]
-    size: Callable[[Sequence[Profile]], tuple[float, float]]
+    draw: Callable[[Any, Any, Styles], None]
+    size: Callable[[Any], tuple[float, float]]
+    styles: Callable[[Any], Styles] = styles
 
-    def png(self, profiles: Sequence[Profile], path: Any) -> None:
+    def png(self, data: Any, path: Any) -> None:
         """Draw on white and write a PNG file."""
-        with _figure("#1c2024", self.size(profiles)) as figure:
-            self.draw(figure, profiles, styles(profiles))
+        with _figure("#1c2024", self.size(data)) as figure:
+            self.draw(figure, data, self.styles(data))
             figure.savefig(path, format="png", dpi=160, facecolor="white")
 
-    def svg(self, profiles: Sequence[Profile], used: Styles) -> str:
+    def svg(self, data: Any, used: Styles) -> str:
         """Draw in the colour of the text around it and return an `<svg>` element."""
         stream = io.StringIO()
-        with _figure(_PAGE_INK, self.size(profiles)) as figure:
-            self.draw(figure, profiles, used)
+        with _figure(_PAGE_INK, self.size(data)) as figure:
+            self.draw(figure, data, used)
             metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
             figure.savefig(stream, format="svg", transparent=True, metadata=metadata)
         return _inline(stream.getvalue())
@@ -293,7 +294,7 @@ def _histograms(figure, profiles: Sequence[Profile], used: Styles) -> None:
     for line, (original, variant) in zip(panels, pairs, strict=True):
         _histogram_line(line, original, variant, used.colours[variant.variant])
         name = variant.variant if _panel_count(profiles) == 1 else variant.name
-        line[0].set_ylabel(f"{name}\nweights", fontsize=8)
+        line[0].set_ylabel(f"{name}\nweights")
 
 
 def _pairs(found: Sequence[Profile]) -> list[tuple[Profile, Profile]]:
@@ -322,14 +323,93 @@ def _histogram(axes, before: WeightProfile, after: WeightProfile | None, colour:
         axes.stairs(after.counts, after.edges, color=colour, linewidth=1.3)
     axes.set_yscale("log")
     axes.set_ylim(bottom=0.7)
-    axes.tick_params(labelsize=7)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(3))
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: compact(value)))
     axes.yaxis.set_minor_locator(ticker.NullLocator())
 
 
 def _histograms_size(profiles: Sequence[Profile]) -> tuple[float, float]:
-    return 5.2, 0.3 + 1.5 * max(len(_pairs(comparable(profiles))), 1)
+    return 4.6, 0.3 + 1.7 * max(len(_pairs(comparable(profiles))), 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Curves:
+    """A metric over the sparsity of one weight at a time."""
+
+    metric: str
+    higher_is_better: bool
+    baseline: float
+    sparsities: tuple[float, ...]
+    values: dict[str, tuple[float, ...]]
+
+    @property
+    def most_sensitive(self) -> list[str]:
+        """Paths, those with the worst value first."""
+        worst = min if self.higher_is_better else max
+        sign = 1 if self.higher_is_better else -1
+        return sorted(self.values, key=lambda path: sign * worst(self.values[path]))
+
+
+def curves(result: Any) -> Curves:
+    """What is drawn of a `tfcompress.pruning.Sensitivity`, its `get_config()` or its JSON.
+
+    Example:
+
+    >>> config = {"metric": "loss", "higher_is_better": False, "baseline": 1.0,
+    ...           "sparsities": [0.5], "values": {"a": [2.0], "b": [3.0]}}
+    >>> curves(config).most_sensitive
+    ['b', 'a']
+    """
+    config = result if isinstance(result, Mapping) else getattr(result, "get_config", dict)()
+    names = [field.name for field in dataclasses.fields(Curves)]
+    missing = [name for name in names if name not in config]
+    if missing or not config["values"]:
+        raise ValueError(
+            f"Expected the result of tfcompress.sensitivity, or its get_config(); got "
+            f"{type(result).__name__} without {' and '.join(missing) or 'values'}."
+        )
+    return Curves(**{name: config[name] for name in names})
+
+
+def _curve_styles(shown: Curves) -> Styles:
+    """A colour for each of the most sensitive weights, neutral for the others."""
+    named = dict(zip(shown.most_sensitive, _COLOURS, strict=False))
+    return Styles(dict.fromkeys(shown.values, _NEUTRAL) | named, {})
+
+
+def _sensitivity(figure, shown: Curves, used: Styles) -> None:
+    axes = figure.subplots()
+    named = shown.most_sensitive[: len(_COLOURS)]
+    places = [0.0, *(100 * each for each in shown.sparsities)]
+    for path in reversed(shown.most_sensitive):
+        axes.plot(
+            places, [shown.baseline, *shown.values[path]], color=used.colours[path],
+            linewidth=1.4 if path in named else 0.7, marker="o", markersize=3,
+        )  # fmt: skip
+    axes.axhline(shown.baseline, color=_NEUTRAL, linestyle="--", linewidth=1.0, zorder=1)
+    better = "higher" if shown.higher_is_better else "lower"
+    axes.set(xlabel="zeros in this weight alone (%)", ylabel=f"{shown.metric} ({better} is better)")
+    axes.grid(True)
+    _curve_legend(figure, shown, used)
+
+
+def _curve_legend(figure, shown: Curves, used: Styles) -> None:
+    lines = require("matplotlib.lines", extra="report")
+
+    def entry(label: str, colour: str, **settings):
+        return lines.Line2D([], [], color=colour, label=label, **settings)
+
+    named = shown.most_sensitive[: len(_COLOURS)]
+    entries = [entry(_short(path), used.colours[path]) for path in named]
+    if others := len(shown.values) - len(named):
+        entries.append(entry(f"{others} less sensitive", _NEUTRAL, linewidth=0.7))
+    entries.append(entry("not pruned", _NEUTRAL, linestyle="--"))
+    figure.legend(handles=entries, loc="outside lower left", ncols=2, handlelength=1.4)
+
+
+def _sensitivity_size(shown: Curves) -> tuple[float, float]:
+    entries = min(len(shown.values), len(_COLOURS) + 1) + 1
+    return 4.6, 2.8 + 0.17 * -(-entries // 2)
 
 
 def _short(path: str) -> str:
@@ -342,3 +422,4 @@ ACCURACY_VS_SIZE = Drawing(_accuracy_over_size, _scatter_size)
 ACCURACY_VS_LATENCY = Drawing(_accuracy_over_latency, _scatter_size)
 LAYER_SPARSITY = Drawing(_sparsity_bars, _bars_size)
 WEIGHT_HISTOGRAMS = Drawing(_histograms, _histograms_size)
+SENSITIVITY = Drawing(_sensitivity, _sensitivity_size, _curve_styles)

@@ -1,8 +1,9 @@
-"""Plots of profiles, as PNG files."""
+"""Plots of profiles, and of sensitivities, as PNG files."""
 
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from tfcompress.artefact import replacing
 from tfcompress.measure import Profile
@@ -116,9 +117,34 @@ def weight_histograms(profiles: Sequence[Profile], path: str | os.PathLike) -> p
     return _write(figures.WEIGHT_HISTOGRAMS, profiles, path)
 
 
-def _write(
-    drawing: figures.Drawing, profiles: Sequence[Profile], path: str | os.PathLike
-) -> pathlib.Path:
+def sensitivity(result: Any, path: str | os.PathLike) -> pathlib.Path:
+    """The metric over the zeros in one weight at a time, a line for each; dashed is no pruning.
+
+    The 10 most sensitive weights have a colour and a name.
+
+    Args:
+        result: What `tfcompress.sensitivity` returned, or its `get_config()`.
+        path: The PNG file to write.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: `result` is something else, or the path cannot be written.
+        ImportError: matplotlib is missing.
+
+    Example:
+
+    >>> import tempfile
+    >>> result = {"metric": "loss", "higher_is_better": False, "baseline": 0.1,
+    ...           "sparsities": (0.5, 0.9), "values": {"dense/kernel": (0.1, 0.4)}}
+    >>> sensitivity(result, pathlib.Path(tempfile.mkdtemp(), "a.png")).exists()
+    True
+    """
+    return _write(figures.SENSITIVITY, figures.curves(result), path)
+
+
+def _write(drawing: figures.Drawing, data: Any, path: str | os.PathLike) -> pathlib.Path:
     with replacing(path) as temporary:
-        drawing.png(profiles, temporary)
+        drawing.png(data, temporary)
     return pathlib.Path(path)
