@@ -82,9 +82,7 @@ def check_sparsity(sparsity, structure=None):
     if sparsity == {}:
         raise ValueError("sparsity is an empty dict; expected {glob: float or schedule}.")
     by_glob = sparsity if isinstance(sparsity, dict) else {None: sparsity}
-    found = {
-        glob: schedules.check_sparsity(schedules.get(each)) for glob, each in by_glob.items()
-    }
+    found = {glob: schedules.check_sparsity(schedules.get(each)) for glob, each in by_glob.items()}
     for schedule in found.values() if fixed is not None else ():
         final = schedule(schedule.end_step or schedule.begin_step)
         if final != fixed:

@@ -44,6 +44,8 @@ FINE_TUNED: dict[str, Callable] = {
     "gradual, global, gradient": _gradual(allocation="global", criterion="gradient"),
     "gradual, global, fisher": _gradual(allocation="global", criterion="fisher"),
 }
+
+
 def _scratch(allocation, regrowth=None):
     def make(sparsity, steps):
         rule = regrowth and regrowth(end_step=steps * 3 // 4)

@@ -21,7 +21,6 @@ import keras
 import numpy as np
 import rich.console
 import rich.table
-import tensorflow as tf
 
 import tfcompress as tfc
 from tfcompress import zoo

@@ -1,5 +1,7 @@
 """Criteria, structures and regrowth under training: against what they are defined to be."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
@@ -36,9 +38,12 @@ def reference(model, steps, learning_rate=0.1):
 def kept(scores, sparsity):
     """The mask of the highest scores."""
     k = max(round(scores.size * (1 - sparsity)), 1)
-    return np.argsort(np.argsort(-scores, axis=None, kind="stable"), kind="stable").reshape(
-        scores.shape
-    ) < k
+    return (
+        np.argsort(np.argsort(-scores, axis=None, kind="stable"), kind="stable").reshape(
+            scores.shape
+        )
+        < k
+    )
 
 
 SCORES = {
@@ -55,9 +60,7 @@ def test_gradients_are_summed_since_the_last_choice(name):
     compile_classifier(copy, keras.optimizers.SGD(0.1))
     history = reference(copy, 4)
     compile_classifier(model, keras.optimizers.SGD(0.1))
-    pruning = tfc.callbacks.Pruning(
-        tfc.schedules.OneShot(0.7, step=4), criterion=name, frequency=3
-    )
+    pruning = tfc.callbacks.Pruning(tfc.schedules.OneShot(0.7, step=4), criterion=name, frequency=3)
     train(model, [pruning])
     # Observed from one interval before the choice, behind step 1.
     for path, weight in kernels(copy).items():
@@ -78,7 +81,7 @@ def test_movement_keeps_what_moves_away_from_zero_and_pruned_weights_keep_their_
     schedule = tfc.schedules.Linear(0.0, 0.8, begin_step=1, end_step=40)
     pruning = tfc.callbacks.Pruning(schedule, criterion="movement", frequency=2)
     train(model, [pruning, Watch()], epochs=12)
-    came_back = sum(int((later & ~earlier).sum()) for earlier, later in zip(masks, masks[1:]))
+    came_back = sum(int((later & ~earlier).sum()) for earlier, later in itertools.pairwise(masks))
     assert came_back > 0
     for step in range(1, len(masks) - 1):  # Held where pruned, by SGD without momentum.
         frozen = ~masks[step]
@@ -94,7 +97,7 @@ def test_movement_scores_follow_the_masked_model():
     copy = keras.models.clone_model(model)
     copy.set_weights(model.get_weights())
     compile_classifier(copy, keras.optimizers.SGD(0.1))
-    (before, gradients), = reference(copy, 1)
+    ((before, gradients),) = reference(copy, 1)
     path = next(iter(before))
     mask = kept(-before[path] * gradients[path], 0.5)
     pruning = tfc.callbacks.Pruning(0.5, criterion="movement", frequency=50)
@@ -151,7 +154,7 @@ def test_regrowth_moves_the_mask_and_never_its_count(regrowth, structure):
     train(model, [pruning, Watch()], epochs=6)
     assert all(count == counts[0] for count in counts)
     path = next(iter(pruning.masks))
-    changed = [bool((a[path] != b[path]).any()) for a, b in zip(masks, masks[1:])]
+    changed = [bool((a[path] != b[path]).any()) for a, b in itertools.pairwise(masks)]
     # No gradient reaches a unit behind a ReLU all of whose weights are zero.
     assert any(changed[:17]) or (structure == "channel" and regrowth.reads == "gradients")
     assert not any(changed[18:])  # Three quarters of 24 steps.
@@ -182,9 +185,9 @@ def test_rigl_grows_where_the_gradient_is_largest():
 
 def test_regrowth_without_a_known_end_says_so():
     model = compile_classifier(mlp())
-    with pytest.raises(ValueError, match=r"regrowth.RigL\(end_step=...\)"):
-        with tfc.callbacks.Pruning(0.5, regrowth="rigl").attached(model):
-            raise AssertionError("not reached")
+    attached = tfc.callbacks.Pruning(0.5, regrowth="rigl").attached(model)
+    with pytest.raises(ValueError, match=r"regrowth.RigL\(end_step=...\)"), attached:
+        raise AssertionError("not reached")
     assert "compression_state" not in vars(model)
 
 

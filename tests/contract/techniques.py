@@ -97,3 +97,5 @@ CALLBACKS = [name for name, technique in TECHNIQUES.items() if technique.callbac
 WRAPPERS = [name for name, technique in TECHNIQUES.items() if technique.wrapper]
 BAKED = [name for name in WRAPPERS if TECHNIQUES[name].in_weights]
 PRUNING = [name for name, technique in TECHNIQUES.items() if technique.prunes]
+# Those that gather something in the step, which a killed run must find again.
+STATEFUL = ["pruning, gradient", "pruning, fisher", "pruning, movement", "pruning, RigL"]

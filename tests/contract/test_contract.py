@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -10,7 +11,14 @@ import numpy as np
 import pytest
 
 import tfcompress as tfc
-from tests.contract.techniques import BAKED, CALLBACKS, PRUNING, TECHNIQUES, WRAPPERS
+from tests.contract.techniques import (
+    BAKED,
+    CALLBACKS,
+    PRUNING,
+    STATEFUL,
+    TECHNIQUES,
+    WRAPPERS,
+)
 from tests.models import classification, compile_classifier, kernels, mlp, nested, subclassed
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -111,6 +119,32 @@ def test_a_resumed_run_is_an_uninterrupted_one(name, tmp_path):
     assert len(history["loss"]) == 2
     for ours, theirs in zip(resumed.weights, whole.weights, strict=True):
         np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
+
+
+def run_killed(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "tests.contract.killed", *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(name, tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    assert run_killed(name, whole).returncode == 0
+    for epoch in (1, 2):
+        assert run_killed(name, broken, epoch).returncode == -signal.SIGKILL
+    last = run_killed(name, broken)
+    assert last.returncode == 0, last.stderr
+    expected, found = (np.load(each / "result.npz") for each in (whole, broken))
+    for key in expected:
+        np.testing.assert_array_equal(found[key], expected[key])
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])

@@ -1,4 +1,4 @@
-"""Peak memory of a choice of masks, in its own process: `python -m tests.ops.memory ALLOCATION`."""
+"""Peak memory of a choice of masks: `python -m tests.ops.memory ALLOCATION eager|graph SIZE`."""
 
 import resource
 import sys
@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from tfcompress.ops.masks import choose_masks
 
-NUM_WEIGHTS, SIZE = 40, 1_000_000
+NUM_WEIGHTS = 40
 
 
 def peak() -> int:
@@ -15,10 +15,10 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def main(allocation, compiled):
-    """Print the peak over what the weights take, in bytes."""
-    weights = [tf.Variable(tf.random.normal([SIZE])) for _ in range(NUM_WEIGHTS)]
-    masks = [tf.Variable(tf.ones([SIZE], tf.bool)) for _ in range(NUM_WEIGHTS)]
+def main(allocation, compiled, weight_size):
+    """Print by how many bytes the choice of masks raises the peak."""
+    weights = [tf.Variable(tf.random.normal([weight_size])) for _ in range(NUM_WEIGHTS)]
+    masks = [tf.Variable(tf.ones([weight_size], tf.bool)) for _ in range(NUM_WEIGHTS)]
 
     def update(sparsity):
         chosen = choose_masks(weights, sparsity, allocation=allocation)
@@ -36,4 +36,4 @@ def main(allocation, compiled):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2] == "graph")
+    main(sys.argv[1], sys.argv[2] == "graph", int(sys.argv[3]))

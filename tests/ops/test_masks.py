@@ -1,3 +1,8 @@
+import os
+import pathlib
+import subprocess
+import sys
+
 import hypothesis
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
@@ -38,6 +43,21 @@ def test_the_count_is_exact(weights, sparsity):
     n = sum(weight.size for weight in weights)
     total = sum(np.sum(mask) for mask in choose_masks(tensors, sparsity, allocation="global"))
     assert total == max(round(n * (1 - sparsity)), 1)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+@pytest.mark.parametrize("how", ["eager", "graph"])
+def test_no_second_copy_of_the_weights_is_alive(allocation, how):
+    """In processes of their own, whose peak memory is compared for small and for large weights."""
+
+    def peak(size):
+        command = [sys.executable, "-m", "tests.ops.memory", allocation, how, str(size)]
+        environment = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+        root = pathlib.Path(__file__).parents[2]
+        return int(subprocess.run(command, cwd=root, env=environment, stdout=-1).stdout)
+
+    masks = 40 * 1_000_000
+    assert peak(1_000_000) - peak(1000) < masks + 0.4 * 4 * masks
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 10, 127, 401_408, 25_000_000])

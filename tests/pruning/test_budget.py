@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import tfcompress as tfc
 from tests.models import kernels, mlp
 from tfcompress.measure import macs
-from tfcompress.pruning import Sensitivity, budget
-from tfcompress.pruning.budget import least_damage, removed_energy
+from tfcompress.pruning import Sensitivity
+from tfcompress.pruning.budget import budget, least_damage, removed_energy
 
 GRID = np.linspace(0, 0.99, 34)
 SIZES = {"a": 300, "b": 900, "c": 80}

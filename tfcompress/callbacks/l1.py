@@ -40,8 +40,8 @@ class L1Regularization(CompressionCallback):
         skipped: Path -> why nothing was.
 
     Raises:
-        ValueError: The strength is not above 0, a structure without groups; when training starts: a glob that matches nothing,
-            or a model whose loss leaves regularizers out.
+        ValueError: The strength is not above 0, a structure without groups; when training
+            starts: a glob that matches nothing, or a model whose loss leaves regularizers out.
 
     Example:
 

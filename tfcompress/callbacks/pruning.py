@@ -348,9 +348,7 @@ class Pruning(MaskingCallback):
             kept = [self._criterion.keep(each) for each in group.units.pool(statistics)]
             return group.units.spread(kept)
         sparsity = group.schedule(step)
-        return group.units.masks(
-            weights, self._criterion, statistics, sparsity, self._allocation
-        )
+        return group.units.masks(weights, self._criterion, statistics, sparsity, self._allocation)
 
     def _statistics(self, group, on):
         kinds = {"gradients": on.get("statistics"), "batch_norm": on.get("scales")}

@@ -95,9 +95,7 @@ def _other_channels(model, weights, structure) -> dict[str, str]:
     }
 
 
-def leave_output_layer(
-    model: keras.Model, weights: Mapping[str, keras.Variable]
-) -> dict[str, str]:
+def leave_output_layer(model: keras.Model, weights: Mapping[str, keras.Variable]) -> dict[str, str]:
     """Which of `weights` compute the outputs of the model, whose units cannot be left out.
 
     Where the graph of the model cannot be known, the last weight is taken for it.

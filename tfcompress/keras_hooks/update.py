@@ -61,13 +61,14 @@ def around_update(optimizer: keras.optimizers.Optimizer, around: Callable) -> Ca
 
 
 def around_gradients(
-    optimizer: keras.optimizers.Optimizer, change: Callable[[str, tf.Tensor, tf.Variable], tf.Tensor]
+    optimizer: keras.optimizers.Optimizer,
+    change: Callable[[str, tf.Tensor, tf.Variable], tf.Tensor],
 ) -> Callable[[], None]:
     """Put `change(key, gradient, variable)` in front of the update of each weight.
 
     It sees the gradient that the update uses: accumulated, reduced over the replicas, and clipped;
-    and the weight before the update, once decayed. It runs on each replica's own copy, where state variables can
-    be assigned freely.
+    and the weight before the update, once decayed. It runs on each replica's own copy, where state
+    variables can be assigned freely.
 
     Args:
         optimizer: The model's optimizer; a `LossScaleOptimizer` is looked through.

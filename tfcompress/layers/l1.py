@@ -12,8 +12,9 @@ from tfcompress.ops.penalties import AddedPenalty
 class L1(CompressionWrapper):
     """Add `strength * sum(|w|)` of a layer's kernels to the loss, or the group lasso.
 
-    The penalty comes on top of the layer's own regularizers, through `variable.regularizer`. For a whole model, or for proximal
-    steps, which reach exact zeros, use `tfcompress.callbacks.L1Regularization`.
+    The penalty comes on top of the layer's own regularizers, through `variable.regularizer`. For a
+    whole model, or for proximal steps, which reach exact zeros, use
+    `tfcompress.callbacks.L1Regularization`.
 
     Args:
         layer: The layer to wrap.
@@ -25,7 +26,8 @@ class L1(CompressionWrapper):
         **kwargs: What every Keras layer takes.
 
     Raises:
-        ValueError: The strength is not above 0, a structure without groups; when built: a layer without kernels.
+        ValueError: The strength is not above 0, a structure without groups; when built: a layer
+            without kernels.
 
     Example:
 

@@ -102,7 +102,9 @@ class Units:
             return self.structures[members[0]].pool(scores[members[0]])
         pooled = [self.structures[i].pool(tf.cast(scores[i], tf.float32)) for i in members]
         sizes = [tf.TensorShape(self.shapes[i]).num_elements() for i in members]
-        return tf.add_n([size * each for size, each in zip(sizes, pooled, strict=True)]) / sum(sizes)
+        return tf.add_n([size * each for size, each in zip(sizes, pooled, strict=True)]) / sum(
+            sizes
+        )
 
     def spread(self, units: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Masks of each group's units to masks of the weights."""

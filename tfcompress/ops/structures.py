@@ -193,8 +193,8 @@ class NofM(Structure):
         return tf.reshape(tf.concat(parts, 1), scores.shape)
 
     def bind(self, path, shape):
-        """The reduction axis of this very weight."""
-        bound = super().bind(path, shape)
+        """With the reduction axis of this very weight, which has 2 axes or more."""
+        bound = _refuse_vectors(shape) or (self, path)
         projects = re.search(r"(query|key|value)/kernel(#\d+)?$", path)
         if self.axis is not None or isinstance(bound, str) or not (projects and len(shape) == 3):
             return bound
@@ -219,10 +219,6 @@ class NofM(Structure):
     def spread(self, units: tf.Tensor, shape) -> tf.Tensor:
         """Mask of units to mask of weights: the same."""
         return units
-
-    def bind(self, path, shape):
-        """Itself, for 2 axes or more."""
-        return _refuse_vectors(shape) or (self, path)
 
     def _no_groups(self):
         return (
