@@ -23,10 +23,17 @@ import tensorflow as tf
 import tfcompress as tfc
 from tfcompress.ops.selection import top_k_mask
 
+
+def _pruning(**kwargs):
+    schedule = tfc.schedules.PolynomialDecay(0.0, 0.8, begin_step=0, end_step=10**6)
+    return lambda: tfc.callbacks.Pruning(schedule, frequency=100, **kwargs)
+
+
 TECHNIQUES = {
-    "pruning": lambda: tfc.callbacks.Pruning(
-        tfc.schedules.PolynomialDecay(0.0, 0.8, begin_step=0, end_step=10**6), frequency=100
-    ),
+    "pruning": _pruning(),
+    "pruning, gradient": _pruning(criterion="gradient"),
+    "pruning, movement": _pruning(criterion="movement"),
+    "pruning, RigL": _pruning(regrowth=tfc.regrowth.RigL(end_step=10**6)),
     "L1": lambda: tfc.callbacks.L1Regularization(1e-5),
     "L1, proximal": lambda: tfc.callbacks.L1Regularization(1e-5, proximal=True),
     "QAT int8": lambda: tfc.callbacks.QuantizationAwareTraining(),
@@ -87,6 +94,47 @@ def selection_ratios(size, jit_compile, pairs):
     return [_seconds(sort) / _seconds(select) for _ in range(pairs)]
 
 
+class TfmotTrainer:
+    """The same model in tf_keras, pruned by TFMOT's wrapper or plain; `run` fits some steps."""
+
+    def __init__(self, pruned):
+        tf.keras.layers.Dense  # noqa: B018  # Loaded before TFMOT makes it Keras 2.
+        legacy = os.environ.get("TF_USE_LEGACY_KERAS")
+        import tensorflow_model_optimization as tfmot
+        import tf_keras
+
+        if legacy is None:
+            os.environ.pop("TF_USE_LEGACY_KERAS", None)
+        hidden = [tf_keras.layers.Dense(512, activation="relu") for _ in range(3)]
+        model = tf_keras.Sequential([tf_keras.Input((784,)), *hidden, tf_keras.layers.Dense(10)])
+        self.callbacks = []
+        if pruned:
+            schedule = tfmot.sparsity.keras.PolynomialDecay(0.0, 0.8, 0, 10**6, frequency=100)
+            model = tfmot.sparsity.keras.prune_low_magnitude(model, pruning_schedule=schedule)
+            self.callbacks = [tfmot.sparsity.keras.UpdatePruningStep()]
+        loss = tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(tf_keras.optimizers.Adam(), loss)
+        self.model, self.data = model, batches()
+        self.run(5)
+
+    def run(self, steps):
+        """Seconds for `steps` steps."""
+        start = time.perf_counter()
+        self.model.fit(self.data, steps_per_epoch=steps, verbose=0, callbacks=self.callbacks)
+        return time.perf_counter() - start
+
+
+def tfmot_ratios(pairs, steps):
+    """Time of a step under TFMOT's pruning wrapper over one of plain tf_keras, once a pair."""
+    plain, pruned = TfmotTrainer(False), TfmotTrainer(True)
+    ratios = []
+    for pair in range(pairs):
+        order = (plain, pruned) if pair % 2 else (pruned, plain)
+        seconds = {trainer: trainer.run(steps) for trainer in order}
+        ratios.append(seconds[pruned] / seconds[plain])
+    return ratios
+
+
 def _seconds(function):
     start = time.perf_counter()
     function().numpy()
@@ -117,6 +165,9 @@ def main():
         pairs, steps, size = 2, 20, 1_000_000
     console = rich.console.Console()
     cases = [*TECHNIQUES.items(), (f"masks of {size:,} weights", None)]
+    tfmot = "TFMOT's pruning, tf_keras"
+    if not arguments.only or arguments.only in tfmot:
+        _print(console, tfmot, False, tfmot_ratios(pairs, steps), "step with / step without")
     for name, technique in cases:
         if arguments.only and arguments.only not in name:
             continue

@@ -14,12 +14,14 @@ class Technique:
 
     `prunes` gives the expected number of zeros in a kernel of a given size, where there is one.
     `in_weights` is false where a wrapper also changes activations, which no plain layer can hold.
+    `leaves_head` is true where the output layer stays as it is.
     """
 
     callback: Callable | None = None
     wrapper: Callable | None = None
     prunes: Callable[[int], int] | None = None
     in_weights: bool = True
+    leaves_head: bool = False
 
 
 def _three_quarters(size):
@@ -62,7 +64,7 @@ TECHNIQUES = {
         _prune(structure=tfc.structures.Block(2, 3)),
     ),
     "pruning, channels": Technique(
-        _pruning(structure="channel", exclude="*head*"), _prune(structure="channel")
+        _pruning(structure="channel"), _prune(structure="channel"), leaves_head=True
     ),
     "pruning, global": Technique(_pruning(allocation="global")),
     "pruning, ERK": Technique(_pruning(allocation="erk")),
