@@ -36,8 +36,9 @@ def unit_index(structure, shape):
 
 def n_of_m_by_sorting(scores, structure, sparsity):
     mask = np.zeros(scores.shape, bool)
-    lines = np.moveaxis(scores, structure.axis, -1).reshape(-1, scores.shape[structure.axis])
-    kept = np.moveaxis(mask, structure.axis, -1)
+    axis = -2 if structure.axis is None else structure.axis
+    lines = np.moveaxis(scores, axis, -1).reshape(-1, scores.shape[axis])
+    kept = np.moveaxis(mask, axis, -1)
     rows = np.zeros_like(lines, bool)
     for line, row in zip(lines, rows, strict=True):
         for start in range(0, len(line), structure.m):
@@ -94,6 +95,13 @@ def test_n_of_m_follows_a_schedule_to_its_own_sparsity():
     scores = tf.constant([[1.0], [2.0], [3.0], [4.0]])
     counts = [int(tf.reduce_sum(tf.cast(NofM(2, 4).choose(scores, s), tf.int32))) for s in (0, 0.3)]
     assert [*counts, NofM(2, 4).sparsity, NofM(1, 16).sparsity] == [4, 3, 0.5, 0.9375]
+
+
+def test_n_of_m_lies_along_the_inputs_of_attention():
+    assert NofM(2, 4).bind("mha/query/kernel", (8, 2, 4))[0].axis == -3
+    assert NofM(2, 4).bind("mha/attention_output/kernel", (2, 4, 8))[0].axis is None
+    assert NofM(2, 4, axis=1).bind("mha/key/kernel#2", (8, 2, 4))[0].axis == 1
+    assert isinstance(NofM(2, 4).bind("dense/bias", (8,)), str)
 
 
 def test_n_of_m_keeps_its_count_among_nan():

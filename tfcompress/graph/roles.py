@@ -58,10 +58,10 @@ def prunable(
     Example:
 
     >>> layers = [keras.Input((4,)), keras.layers.Dense(3, name="hidden"), keras.layers.Dense(2)]
-    >>> model = keras.Sequential(layers)
+    >>> model = keras.Sequential(layers, name="model")
     >>> weights = {each.path: each for each in model.trainable_variables if each.ndim == 2}
     >>> list(prunable(model, weights, structures.Channel(), criteria.magnitude).weights)
-    ['hidden/kernel']
+    ['model/hidden/kernel']
     """
     _, skipped = Units.cut(structure, {path: w.shape for path, w in weights.items()})
     if isinstance(structure, structures.Channel):
@@ -110,9 +110,9 @@ def leave_output_layer(model: keras.Model, weights: Mapping[str, keras.Variable]
     Example:
 
     >>> layers = [keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(2, name="head")]
-    >>> model = keras.Sequential(layers)
+    >>> model = keras.Sequential(layers, name="model")
     >>> leave_output_layer(model, {each.path: each for each in model.trainable_variables})
-    {'head/kernel': "the model's output layer"}
+    {'model/head/kernel': "the model's output layer"}
     """
     try:
         outputs = {id(kernel) for kernel in output_kernels(model)}
@@ -140,8 +140,8 @@ def output_kernels(model: keras.Model) -> list[keras.Variable]:
 
     >>> layers = [keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(2, name="head"),
     ...           keras.layers.Softmax()]
-    >>> [kernel.path for kernel in output_kernels(keras.Sequential(layers))]
-    ['head/kernel']
+    >>> [kernel.path for kernel in output_kernels(keras.Sequential(layers, name="model"))]
+    ['model/head/kernel']
     """
     flat = _flat(model)
     producers = {id(x): call for call in nodes.calls(flat) for x in call.outputs}

@@ -483,7 +483,7 @@ def get(identifier):
     Example:
 
     >>> get("1:16")
-    NofM(n=1, m=16, axis=-2)
+    NofM(n=1, m=16, axis=None)
     """
     if hasattr(identifier, "spread") and not isinstance(identifier, type):
         return identifier
