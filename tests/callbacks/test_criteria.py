@@ -183,6 +183,27 @@ def test_rigl_grows_where_the_gradient_is_largest():
     assert gradient[grown].min() >= gradient[~mask & ~new].max()
 
 
+def test_rigl_reads_the_gradient_of_the_step_at_which_the_schedule_ends():
+    """An end off the grid of the frequency is a choice of masks like the others."""
+    model = compile_classifier(mlp(), keras.optimizers.SGD(0.1), run_eagerly=True)
+    schedule = tfc.schedules.Linear(0.3, 0.6, begin_step=0, end_step=3)
+    rule = tfc.regrowth.RigL(fraction=0.4, end_step=100)
+    pruning = tfc.callbacks.Pruning(schedule, frequency=2, regrowth=rule)
+    x, y = classification()
+    with pruning.attached(model):
+        for _ in range(2):
+            model.train_on_batch(x, y)
+        path, mask = next((path, mask.numpy()) for path, mask in pruning.masks.items())
+        with tf.GradientTape() as tape:
+            loss = model.compute_loss(x=x, y=y, y_pred=model(x))
+        gradient = np.abs(tape.gradient(loss, model.layers[0].kernel.value).numpy())
+        model.train_on_batch(x, y)
+        new = pruning.masks[path].numpy()
+    grown = new & ~mask
+    assert grown.any()
+    assert gradient[grown].min() >= gradient[~mask & ~new].max()
+
+
 def test_regrowth_without_a_known_end_says_so():
     model = compile_classifier(mlp())
     attached = tfc.callbacks.Pruning(0.5, regrowth="rigl").attached(model)

@@ -197,7 +197,7 @@ class Pruning(MaskingCallback):
             self._regrowth_end = self._add_weight_state(
                 next(iter(weights)), "regrowth_end", tf.constant(NEVER, tf.int64)
             )
-        self._schedule_of = {path: each.schedule for each in self._groups for path in each.paths}
+        self._group_of = {path: group for group in self._groups for path in group.paths}
 
     def _begin(self, tracing):
         self._path_of = {
@@ -287,14 +287,13 @@ class Pruning(MaskingCallback):
         return apply_mask(gradient, tf.convert_to_tensor(self.masks[path].value))
 
     def _observe(self, path, weight, gradient):
-        schedule = self._schedule_of[path]
-        step = self._step() + 1
+        group, step = self._group_of[path], self._step() + 1
         if "statistics" in self._variables:
             statistic = self._variables["statistics"][path].value
-            self._observe_if(self._is_observed(schedule, step), statistic, weight, gradient)
+            self._observe_if(self._is_observed(group.schedule, step), statistic, weight, gradient)
         if "growth" in self._variables:
             growth = self._variables["growth"][path].value
-            self._store_if(self._is_exchanged(schedule, step), growth, gradient)
+            self._store_if(self._is_due(group, step), growth, gradient)
 
     def _observe_if(self, condition, statistic, weight, gradient):
         def observe():
