@@ -18,7 +18,7 @@ PACKAGE = pathlib.Path(tfcompress.__file__).parent
 
 # A module may import from its own group and from the groups above it in this list.
 DIRECTION = [
-    {"schedules", "checks", "ops", "artefact", "batches", "optional", "shorthands"},
+    {"schedules", "checks", "ops", "artefact", "batches", "optional", "shorthands", "values"},
     {"keras_hooks"},
     {"graph"},
     {"layers", "callbacks"},

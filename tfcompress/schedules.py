@@ -16,6 +16,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tfcompress.values import Value
+
 __all__ = [
     "Constant",
     "Cosine",
@@ -33,7 +35,7 @@ __all__ = [
 _TFMOT = "tensorflow_model_optimization"
 
 
-class Schedule:
+class Schedule(Value):
     """What every schedule offers: a value at a step, and the steps at which it acts.
 
     Subclass it as a frozen dataclass with the fields `begin_step` and `end_step`, and define
@@ -52,15 +54,6 @@ class Schedule:
     def value(self, progress):
         """The value at `progress`, the share of [begin_step, end_step] that has passed."""
         raise NotImplementedError(f"{type(self).__name__} must define value(progress).")
-
-    def get_config(self) -> dict[str, Any]:
-        """The constructor arguments."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "Schedule":
-        """The schedule that `get_config` described."""
-        return cls(**config)
 
     def _progress(self, step):
         if self.end_step is None:
@@ -524,7 +517,7 @@ class TFMOTSchedule(Schedule):
                 f"The schedule {module}.{name} is not part of {_TFMOT}, and code is not imported "
                 "because a file names it. Build the schedule and pass it instead."
             )
-        kind = getattr(_import_tfmot(module), name, None)
+        kind = getattr(import_tfmot(module), name, None)
         if not isinstance(kind, type) or not _is_of_tfmot(kind):
             raise ValueError(f"{module}.{name} is not a pruning schedule of {_TFMOT}.")
         return cls(kind.from_config(config["arguments"]))
@@ -549,7 +542,15 @@ def _is_of_tfmot(schedule):
     )
 
 
-def _import_tfmot(module):
+def import_tfmot(module: str):
+    """Import a module of TensorFlow Model Optimization; Keras 3 and the environment stay.
+
+    Args:
+        module: Its dotted name.
+
+    Returns:
+        The module.
+    """
     with _keras_3_stays():
         return importlib.import_module(module)
 

@@ -9,6 +9,7 @@ how much faster the masks of 25 million weights are chosen than `tf.sort` sorts 
 
 import argparse
 import contextlib
+import importlib
 import os
 import statistics
 import time
@@ -22,6 +23,7 @@ import tensorflow as tf
 
 import tfcompress as tfc
 from tfcompress.ops.selection import top_k_mask
+from tfcompress.schedules import import_tfmot
 
 
 def _pruning(**kwargs):
@@ -73,12 +75,17 @@ def step_ratios(technique, jit_compile, pairs, steps):
     """Time with the technique over time without, once a pair, the order alternating."""
     plain, compressed = Trainer(None, jit_compile), Trainer(technique(), jit_compile)
     with compressed.attached:
-        plain.run(steps), compressed.run(steps)  # Traced and warm.
-        ratios = []
-        for pair in range(pairs):
-            order = (plain, compressed) if pair % 2 else (compressed, plain)
-            seconds = {trainer: trainer.run(steps) for trainer in order}
-            ratios.append(seconds[compressed] / seconds[plain])
+        return paired_ratios(plain, compressed, pairs, steps)
+
+
+def paired_ratios(plain, compressed, pairs, steps):
+    """Time of the steps of one trainer over those of another, once a pair."""
+    plain.run(steps), compressed.run(steps)  # Traced and warm.
+    ratios = []
+    for pair in range(pairs):
+        order = (plain, compressed) if pair % 2 else (compressed, plain)
+        seconds = {trainer: trainer.run(steps) for trainer in order}
+        ratios.append(seconds[compressed] / seconds[plain])
     return ratios
 
 
@@ -98,13 +105,8 @@ class TfmotTrainer:
     """The same model in tf_keras, pruned by TFMOT's wrapper or plain; `run` fits some steps."""
 
     def __init__(self, pruned):
-        tf.keras.layers.Dense  # noqa: B018  # Loaded before TFMOT makes it Keras 2.
-        legacy = os.environ.get("TF_USE_LEGACY_KERAS")
-        import tensorflow_model_optimization as tfmot
-        import tf_keras
-
-        if legacy is None:
-            os.environ.pop("TF_USE_LEGACY_KERAS", None)
+        tfmot = import_tfmot("tensorflow_model_optimization")
+        tf_keras = importlib.import_module("tf_keras")
         hidden = [tf_keras.layers.Dense(512, activation="relu") for _ in range(3)]
         model = tf_keras.Sequential([tf_keras.Input((784,)), *hidden, tf_keras.layers.Dense(10)])
         self.callbacks = []
@@ -115,7 +117,6 @@ class TfmotTrainer:
         loss = tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(tf_keras.optimizers.Adam(), loss)
         self.model, self.data = model, batches()
-        self.run(5)
 
     def run(self, steps):
         """Seconds for `steps` steps."""
@@ -126,13 +127,7 @@ class TfmotTrainer:
 
 def tfmot_ratios(pairs, steps):
     """Time of a step under TFMOT's pruning wrapper over one of plain tf_keras, once a pair."""
-    plain, pruned = TfmotTrainer(False), TfmotTrainer(True)
-    ratios = []
-    for pair in range(pairs):
-        order = (plain, pruned) if pair % 2 else (pruned, plain)
-        seconds = {trainer: trainer.run(steps) for trainer in order}
-        ratios.append(seconds[pruned] / seconds[plain])
-    return ratios
+    return paired_ratios(TfmotTrainer(False), TfmotTrainer(True), pairs, steps)
 
 
 def _seconds(function):

@@ -37,6 +37,12 @@ class Prunable:
     skipped: dict[str, str]
     scales: dict[str, keras.Variable]
 
+    def statistics(self, criterion) -> dict:
+        """Path -> what a criterion reads that needs neither training nor data."""
+        if criteria.reads(criterion) == "batch_norm":
+            return {path: gamma.value for path, gamma in self.scales.items()}
+        return {path: place for place, path in enumerate(self.weights)}
+
 
 def prunable(
     model: keras.Model,

@@ -8,8 +8,8 @@ Private Keras API used here, each with a test in `tests/keras_hooks/test_overlay
 `StatelessScope.get_current_value`, `add_update` and `add_loss`, `Variable._value` and
 `_direct_assign`, `Layer._losses`, `_tracker`, `_flatten_layers`, `_trainable_variables` and
 `_non_trainable_variables`, `Functional._standardize_inputs`, `Sequential._functional`, and the
-global attributes
-`current_call_ctx`, `stateless_scope` and `autocast_scope`, which say what call is running.
+global attributes `current_call_ctx`, `stateless_scope` and `autocast_scope`, which say what call is
+running.
 """
 
 import contextlib

@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 
 from tfcompress.shorthands import resolve
+from tfcompress.values import Value
 
 __all__ = [
     "BatchNorm",
@@ -48,7 +49,7 @@ def magnitude(weight: tf.Tensor, statistic=None) -> tf.Tensor:
     return tf.abs(weight)
 
 
-class Criterion:
+class Criterion(Value):
     """Base of the criteria that read more than the weight; subclasses are frozen dataclasses.
 
     One that reads gradients defines `observe`: a training step adds its value to the statistic, a
@@ -72,15 +73,6 @@ class Criterion:
     def observe(self, weight: tf.Tensor, gradient: tf.Tensor, statistic: tf.Tensor) -> tf.Tensor:
         """What one training step adds to the statistic: all three, and the result, of one shape."""
         raise NotImplementedError(f"{type(self).__name__} does not read gradients.")
-
-    def get_config(self) -> dict[str, Any]:
-        """The constructor arguments."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "Criterion":
-        """The criterion that `get_config` described."""
-        return cls(**config)
 
 
 @keras.saving.register_keras_serializable(package="tfcompress")

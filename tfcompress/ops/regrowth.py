@@ -7,7 +7,7 @@ many are grown: the number of parameters never changes.
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import keras
 import tensorflow as tf
@@ -15,11 +15,12 @@ import tensorflow as tf
 from tfcompress.ops.criteria import random_scores
 from tfcompress.ops.selection import top_k_mask
 from tfcompress.shorthands import resolve
+from tfcompress.values import Value
 
 __all__ = ["SET", "Regrowth", "RigL", "get", "regrow"]
 
 
-class Regrowth:
+class Regrowth(Value):
     """Base of the regrowth rules; subclasses are frozen dataclasses with these fields.
 
     Attributes:
@@ -47,15 +48,6 @@ class Regrowth:
     def scores(self, shape, statistic, step: tf.Tensor) -> tf.Tensor:
         """Scores of the weights of a kernel of `shape`: the pruned units of the highest grow."""
         raise NotImplementedError
-
-    def get_config(self) -> dict[str, Any]:
-        """The constructor arguments."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "Regrowth":
-        """The rule that `get_config` described."""
-        return cls(**config)
 
 
 @keras.saving.register_keras_serializable(package="tfcompress")

@@ -8,7 +8,6 @@ of consecutive weights, so that it chooses its masks itself.
 import dataclasses
 import math
 import re
-from typing import Any
 
 import keras
 import tensorflow as tf
@@ -16,13 +15,14 @@ import tensorflow as tf
 from tfcompress.ops.allocation import num_kept
 from tfcompress.ops.selection import order_keys
 from tfcompress.shorthands import resolve
+from tfcompress.values import Value
 
 __all__ = ["Block", "Channel", "Head", "NofM", "Structure", "Unstructured", "get"]
 
 _REDUCTIONS = ("sum", "mean", "max")
 
 
-class Structure:
+class Structure(Value):
     """What every structure offers. Subclass it as a frozen dataclass.
 
     `choose` is None, or a function (scores, sparsity) -> mask of the weights, for a structure that
@@ -82,15 +82,6 @@ class Structure:
         (Channel(axis=-1), 'dense/kernel')
         """
         return self, path
-
-    def get_config(self) -> dict[str, Any]:
-        """The constructor arguments."""
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "Structure":
-        """The structure that `get_config` described."""
-        return cls(**config)
 
     def _missing(self, what):
         return f"{type(self).__name__} must define {what}."

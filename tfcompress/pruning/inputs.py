@@ -21,6 +21,7 @@ import tensorflow as tf
 from tfcompress.batches import input_batches
 from tfcompress.keras_hooks.hook import add_hook
 from tfcompress.keras_hooks.overlay import all_layers
+from tfcompress.keras_hooks.quantizer import contracted_axes
 from tfcompress.keras_hooks.walk import named_variables
 
 # What `tf.vectorized_map` traces sees no values.
@@ -307,16 +308,16 @@ def _dense_view(layer):
 
 def _einsum_view(layer):
     inputs, kernel, output = layer.equation.replace(" ", "").replace("->", ",").split(",")
-    contracted = [label for label in kernel if label in inputs and label not in output]
+    axes = contracted_axes(layer.equation)
+    contracted = [kernel[axis] for axis in axes]
     if any(label in inputs and label in output for label in kernel):
         return f"{layer.equation!r} has a kernel for each position along an axis of its output"
-    if not contracted or any(label not in inputs + output for label in kernel):
+    if not contracted or any(label not in inputs for label in contracted):
         return f"{layer.equation!r} is not a matrix product"
     # What is in neither kernel nor output is summed away before the product.
     kept = [label for label in inputs if label in output and label != "."]
     ellipsis = "..." if "..." in inputs else ""
     unfold = f"{inputs}->{ellipsis}{''.join(kept)}{''.join(contracted)}"
-    axes = tuple(kernel.index(label) for label in contracted)
 
     def rows(x):
         width = math.prod(layer.kernel.shape[axis] for axis in axes)

@@ -1,8 +1,6 @@
 """One-shot pruning of a model that is not being trained."""
 
 import logging
-from collections.abc import Mapping
-from typing import Any
 
 import keras
 import tensorflow as tf
@@ -97,16 +95,12 @@ class _Task:
 
     def masks(self, model, criterion, calibration) -> tuple[Masks, dict[str, str]]:
         """Path -> mask, and path -> reason for what could not be scored."""
-        weights = self.chosen.weights
         if criteria.reads(criterion) == "reconstruction":
             return self._reconstructed(model, criterion, calibration)
-        statistics: Mapping[str, Any] = {path: i for i, path in enumerate(weights)}
-        skipped: dict[str, str] = {}
-        if criteria.reads(criterion) == "batch_norm":
-            statistics = {path: gamma.value for path, gamma in self.chosen.scales.items()}
         if criteria.reads(criterion) == "inputs":
-            statistics, skipped = input_norms(model, list(weights), calibration)
-        return self._chosen(criterion, statistics), skipped
+            norms, skipped = input_norms(model, list(self.chosen.weights), calibration)
+            return self._chosen(criterion, norms), skipped
+        return self._chosen(criterion, self.chosen.statistics(criterion)), {}
 
     def _chosen(self, criterion, statistics) -> Masks:
         masks: Masks = {}

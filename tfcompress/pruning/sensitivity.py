@@ -17,7 +17,7 @@ import rich.progress
 import tensorflow as tf
 
 from tfcompress.artefact import replacing
-from tfcompress.graph.roles import prunable
+from tfcompress.graph.roles import Prunable, prunable
 from tfcompress.keras_hooks.walk import select_kernels
 from tfcompress.ops import allocation as allocations
 from tfcompress.ops import criteria, structures
@@ -312,19 +312,16 @@ def sensitivity(
 class _Masks:
     """The mask of one weight at one sparsity, as `tfcompress.prune` would choose it."""
 
-    def __init__(self, chosen, criterion, structure):
+    def __init__(self, chosen: Prunable, criterion, structure):
         self._weights = chosen.weights
         self._structure = structure
         self._criterion = criterion
-        self._statistics: dict[str, Any] = {path: i for i, path in enumerate(chosen.weights)}
-        if criteria.reads(criterion) == "batch_norm":
-            self._statistics = {path: gamma.value for path, gamma in chosen.scales.items()}
+        self._statistics = chosen.statistics(criterion)
 
     def mask(self, path: str, sparsity: float) -> tf.Tensor:
-        weight = tf.convert_to_tensor(self._weights[path])
-        units, _ = Units.cut(self._structure, {path: weight.shape})
-        scores = criteria.score(self._criterion, weight, self._statistics[path])
-        (mask,) = units.choose([scores], sparsity, allocations.uniform)
+        weights, read = [self._weights[path]], [self._statistics[path]]
+        units, _ = Units.cut(self._structure, {path: weights[0].shape})
+        (mask,) = units.masks(weights, self._criterion, read, sparsity, allocations.uniform)
         return mask
 
 
