@@ -8,6 +8,7 @@ from keras import layers
 
 from tfcompress.callbacks import Pruning, QuantizationAwareTraining
 from tfcompress.ops import fake_quant as fq
+from tfcompress.ops.schemes import Scheme, activation_scheme
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(64, 6)).astype("float32")
@@ -42,12 +43,12 @@ def test_a_step_sees_rounded_weights_inputs_and_outputs():
     w1, b1, w2, b2 = model.get_weights()
     qat = QuantizationAwareTraining()
     loss = fit(model, [qat], X[:16], Y[:16])
-    activations = fq.activation_scheme("int8")
+    activations = activation_scheme("int8")
 
     def rounded(x):
         return fq.fake_quant_activations(x, [x.min(), x.max()], activations).numpy()
 
-    q1, q2 = (fq.fake_quant_weights(w, fq.Scheme(), 0).numpy() for w in (w1, w2))
+    q1, q2 = (fq.fake_quant_weights(w, Scheme(), 0).numpy() for w in (w1, w2))
     hidden = rounded(np.maximum(rounded(X[:16]) @ q1 + b1, 0))
     expected = np.mean((rounded(hidden @ q2 + b2) - Y[:16]) ** 2)
     np.testing.assert_allclose(loss[0], expected, rtol=1e-5)
@@ -174,7 +175,7 @@ def test_pruned_zeros_stay_zeros():
     fit(model, [Pruning(0.5, frequency=1), QuantizationAwareTraining()], epochs=2)
     kernel = model.get_layer("hidden").kernel.numpy()
     assert np.count_nonzero(kernel) == 24
-    rounded = fq.fake_quant_weights(kernel, fq.Scheme(), 0).numpy()
+    rounded = fq.fake_quant_weights(kernel, Scheme(), 0).numpy()
     assert np.all(rounded[kernel == 0] == 0)
 
 

@@ -3,11 +3,13 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers
 
 from tfcompress.keras_hooks import quantizer as quantizers
-from tfcompress.ops.fake_quant import activation_scheme
+from tfcompress.ops.schemes import activation_scheme
 
+FIXED = quantizers.FixedRange(0.0, 1.0)
 AXES = {
     "Dense": (lambda: layers.Dense(3), (None, 4), {"kernel": (0,)}),
     "EinsumDense": (
@@ -68,14 +70,22 @@ def test_fixed_ranges_are_those_of_the_kernels():
     assert quantizers.fixed_range("relu", activation_scheme("int8")) is None
 
 
-def test_a_range_moves_in_training_and_widens_in_calibration():
+def test_a_range_moves_in_training_and_is_handed_out_in_calibration():
     bounds = quantizers.MovingRange(keras.Variable([0.0, 0.0], trainable=False))
     bounds.observe(keras.ops.array([-1.0, 2.0]))
     bounds.observe(keras.ops.array([-1.0, 102.0]))
     np.testing.assert_allclose(bounds.bounds(), [-1, 3], rtol=1e-6)
-    with quantizers.calibrating():
-        bounds.observe(keras.ops.array([-2.0, 1.0]))
-    np.testing.assert_allclose(bounds.bounds(), [-2, 3], rtol=1e-6)
+    layer = layers.Identity()
+    quantizer = quantizers.LayerQuantizer(
+        layer, (), activation_scheme("int8"), {"output": bounds, "input_0": FIXED}
+    )
+    seen = []
+    with quantizers.calibrating(lambda *args: seen.append(args)):
+        x = quantizer.overlay().output(tf.constant([-2.0, 1.3]))
+        quantizer.overlay().inputs[0](x)
+    np.testing.assert_allclose(bounds.bounds(), [-1, 3], rtol=1e-6)
+    np.testing.assert_array_equal(x, np.float32([-2.0, 1.3]))
+    assert [source for source, _ in seen] == [bounds]
     np.testing.assert_array_equal(
         quantizers.FollowedRange(bounds).observe(keras.ops.ones(3) * 99), bounds.bounds()
     )

@@ -9,6 +9,7 @@ from tfcompress.layers import strip
 from tfcompress.layers.prune import Prune
 from tfcompress.layers.quantize import Quantize
 from tfcompress.ops import fake_quant as fq
+from tfcompress.ops.schemes import Scheme
 
 X = np.random.default_rng(0).normal(size=(64, 6)).astype("float32")
 Y = X @ np.ones((6, 2), "float32")
@@ -30,7 +31,7 @@ def wrapped(**arguments):
 def test_it_computes_with_rounded_weights_and_rounds_its_output():
     model = keras.Sequential([keras.Input((6,)), Quantize(layers.Dense(2))])
     layer = model.layers[0]
-    weights_only = fq.fake_quant_weights(layer.layer.kernel.value, fq.Scheme(), 0)
+    weights_only = fq.fake_quant_weights(layer.layer.kernel.value, Scheme(), 0)
     np.testing.assert_allclose(model(X), X @ weights_only, rtol=1e-5, atol=1e-6)
     model(X, training=True)
     low, high = layer.ranges["output"]
@@ -123,7 +124,7 @@ def test_other_layers_train_and_reload(make, tmp_path):
 def test_globs_choose_the_weights():
     layer = Quantize(layers.SeparableConv2D(3, 2), include="*/pointwise_kernel")
     layer.build((None, 4, 4, 2))
-    assert [v.name for v, _ in layer.quantizer.weights] == ["pointwise_kernel"]
+    assert [weight.variable.name for weight in layer.quantizer.weights] == ["pointwise_kernel"]
     with pytest.raises(ValueError, match="'nothing' matches no variable"):
         Quantize(layers.Dense(2), exclude="nothing").build((None, 3))
 

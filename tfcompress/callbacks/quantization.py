@@ -1,5 +1,6 @@
 """Quantization-aware training of a model as it is."""
 
+import functools
 import logging
 
 import keras
@@ -9,13 +10,22 @@ from tfcompress.callbacks.base import CompressionCallback
 from tfcompress.graph.placement import Placement, Plan, place
 from tfcompress.keras_hooks import walk
 from tfcompress.keras_hooks.hook import add_hook
-from tfcompress.keras_hooks.overlay import attach, outside_of_calls, training_step
+from tfcompress.keras_hooks.overlay import (
+    all_layers,
+    attach,
+    in_training,
+    outside_of_calls,
+    training_step,
+)
 from tfcompress.keras_hooks.quantizer import (
+    DynamicRange,
     FollowedRange,
     LayerQuantizer,
     MovingRange,
+    QuantizedWeight,
     Range,
     activation_name,
+    dynamic_places,
     fixed_range,
     range_places,
     remember,
@@ -23,7 +33,8 @@ from tfcompress.keras_hooks.quantizer import (
 )
 from tfcompress.keras_hooks.state import find_state
 from tfcompress.keras_hooks.update import unwrap_optimizer
-from tfcompress.ops.fake_quant import Scheme, activation_scheme, weight_scheme
+from tfcompress.layers.quantize import check_percentile
+from tfcompress.ops.schemes import Scheme, scheme_pair
 
 logger = logging.getLogger("tfcompress")
 _PREFIX = "QuantizationAwareTraining/"
@@ -42,10 +53,18 @@ class QuantizationAwareTraining(CompressionCallback):
     with the ranges. A later `fit` with this callback continues from them.
 
     Args:
-        weights: `"int8"`, `"int2"` to `"int8"`, a symmetric `Scheme`, or None to leave them float.
-        activations: The same, asymmetric per tensor; None to leave them float.
+        weights: `"int8"`, `"int2"` to `"int8"`, a `Scheme`, or None to leave them float; `"w4a8"`
+            says both; or a dict of glob over `variable.path` -> any of these: mixed precision.
+        activations: `"int8"`, `"int2"` to `"int8"`, `"dynamic"` (the input of a layer with weights
+            is rounded on the range of each row), a `Scheme`, or None to leave them float.
         begin_step: Optimizer updates before anything is rounded; ranges are observed from the
             first one on.
+        percentile: Share of a batch's values that its range is to hold, in (50, 100]: less than 100
+            leaves outliers out.
+        ranges_end_step: Optimizer updates after which ranges stay as they are; None to let them
+            move to the end.
+        batch_norm_end_step: Optimizer updates after which batch norms use their moving statistics
+            in training too, and keep them; gamma and beta still learn. None for never.
         include: Glob or globs over `variable.path`; None for every kernel and embedding.
         exclude: Glob or globs to leave out. A layer all of whose weights are left out stays float.
 
@@ -55,8 +74,9 @@ class QuantizationAwareTraining(CompressionCallback):
         skipped: Name -> why it is not quantized.
 
     Raises:
-        ValueError: A scheme or `begin_step` is not one of the above, a glob matches nothing, or
-            nothing is left to quantize.
+        ValueError: A scheme or a step is not one of the above, a glob matches nothing, or nothing
+            is left to quantize. Learned scales (LSQ) must exist before the optimizer does: those
+            are for `tfcompress.quantize(model, scales="lsq")` and `tfcompress.layers.Quantize`.
 
     Example:
 
@@ -75,26 +95,32 @@ class QuantizationAwareTraining(CompressionCallback):
 
     def __init__(
         self,
-        weights: str | Scheme | None = "int8",
+        weights: str | dict | Scheme | None = "int8",
         activations: str | Scheme | None = "int8",
         begin_step: int = 0,
+        percentile: float = 100.0,
+        ranges_end_step: int | None = None,
+        batch_norm_end_step: int | None = None,
         include=None,
         exclude=None,
     ):
         super().__init__(include, exclude)
-        self.weights = weight_scheme(weights)
-        self.activations = activation_scheme(activations)
-        if self.weights is None and self.activations is None:
+        self.weights, self.activations = scheme_pair(weights, activations)
+        if not self.weights and self.activations is None:
             raise ValueError(
-                "QuantizationAwareTraining got weights=None and activations=None, so there is "
-                'nothing to quantize; pass weights="int8", activations="int8", or both.'
+                f"QuantizationAwareTraining got weights={weights!r} and activations=None, so there "
+                'is nothing to quantize; pass weights="int8", activations="int8", or both.'
             )
-        if not isinstance(begin_step, int) or begin_step < 0:
-            raise ValueError(
-                f"QuantizationAwareTraining got begin_step={begin_step!r}; pass a number of "
-                "optimizer updates, 0 or more."
-            )
+        check_percentile(percentile)
+        _check_steps(
+            begin_step=begin_step,
+            ranges_end_step=ranges_end_step,
+            batch_norm_end_step=batch_norm_end_step,
+        )
         self.begin_step = begin_step
+        self.percentile = percentile
+        self.ranges_end_step = ranges_end_step
+        self.batch_norm_end_step = batch_norm_end_step
         self.quantizers: list[LayerQuantizer] = []
         self._places: dict[str, Range] = {}
         self._inputs = None
@@ -105,6 +131,7 @@ class QuantizationAwareTraining(CompressionCallback):
         return {
             path: tuple(keras.ops.convert_to_numpy(source.bounds()).tolist())
             for path, source in self._places.items()
+            if not isinstance(source, DynamicRange)
         }
 
     def _prepare_once(self):
@@ -133,9 +160,9 @@ class QuantizationAwareTraining(CompressionCallback):
         chosen = self._choose(plan, paths)
         self.quantizers = self._quantizers(model, plan, chosen)
         self.applied = {
-            paths[id(variable)]: str(self.weights)
+            paths[id(weight.variable)]: str(weight.scheme)
             for quantizer in self.quantizers
-            for variable, _ in quantizer.weights
+            for weight in quantizer.weights
         }
         self._require_something(model)
         logger.info("QuantizationAwareTraining skips %s", self.skipped)
@@ -163,30 +190,44 @@ class QuantizationAwareTraining(CompressionCallback):
     def _attach_quantizers(self, session):
         for quantizer in self.quantizers:
             session.defer(attach(quantizer.layer, quantizer.overlay()))
+        if self.batch_norm_end_step is None:
+            return
+        frozen = functools.partial(self._reached, self.batch_norm_end_step)
+        for layer in all_layers(walk.trained_model(self.model)):
+            if isinstance(layer, keras.layers.BatchNormalization):
+                session.defer(add_hook(layer, "call", functools.partial(_normalize, frozen)))
 
     def _finish(self):
         remember(walk.trained_model(self.model), self.quantizers, self._inputs)
         # What is no longer listed is not dropped: the ranges stay with the model.
         self._state = {}
 
-    def _choose(self, plan: Plan, paths) -> dict[int, list]:
+    def _choose(self, plan: Plan, paths) -> dict[int, list[QuantizedWeight]]:
         """The weights to quantize of each layer, by `id(layer)`."""
         include, exclude = walk.as_globs(self.include), walk.as_globs(self.exclude)
-        walk.check_globs([*(include or ()), *(exclude or ())], paths.values())
+        by_glob = self.weights if isinstance(self.weights, dict) else {"*": self.weights}
+        globs = [*(include or ()), *(exclude or ()), *(by_glob if by_glob is self.weights else ())]
+        walk.check_globs(globs, paths.values())
         chosen = {}
         for placement in plan.placements:
-            found = weight_axes(placement.layer)
-            kept = [pair for pair in found if _wanted(paths[id(pair[0])], include, exclude)]
-            self.skipped.update(
-                {paths[id(v)]: "excluded" for v, _ in found if all(v is not k for k, _ in kept)}
-            )
+            kept, found = [], weight_axes(placement.layer)
+            for variable, axes in found:
+                path = paths[id(variable)]
+                scheme = walk.first_match(path, by_glob)
+                if not _wanted(path, include, exclude):
+                    self.skipped[path] = "excluded"
+                elif scheme is None and self.weights is not None:
+                    self.skipped[path] = "no glob of weights= matches it"
+                else:
+                    kept.append(QuantizedWeight(variable, axes, scheme))
             if kept or not found:
-                chosen[id(placement.layer)] = kept
+                chosen[id(placement.layer)] = [each for each in kept if each.scheme is not None]
         return chosen
 
     def _quantizers(self, model, plan: Plan, chosen) -> list[LayerQuantizer]:
         self._places = {}
-        inputs = [f"input_{index}" for index, wanted in enumerate(plan.inputs) if wanted]
+        observed = self.activations is not None and not self.activations.dynamic
+        inputs = [f"input_{i}" for i, wanted in enumerate(plan.inputs) if wanted and observed]
         made = {id(model): {place: self._range(model, place) for place in inputs}}
         quantizers = [self._quantizer(model, [], made[id(model)])]
         for placement in plan.placements:
@@ -198,13 +239,16 @@ class QuantizationAwareTraining(CompressionCallback):
         return [each for each in quantizers if each.weights or each.ranges]
 
     def _quantizer(self, layer, weights, ranges) -> LayerQuantizer:
-        active = self._is_active if self.begin_step else None
+        active = functools.partial(self._reached, self.begin_step) if self.begin_step else None
         ranges = {} if self.activations is None else ranges
-        weights = [] if self.weights is None else weights
-        return LayerQuantizer(layer, weights, self.weights, self.activations, ranges, active)
+        return LayerQuantizer(layer, weights, self.activations, ranges, active)
 
     def _ranges(self, placement: Placement, made) -> dict[str, Range]:
         layer = placement.layer
+        if self.activations is None:
+            return {}
+        if self.activations.dynamic:
+            return {place: DynamicRange() for place in dynamic_places(layer)}
         places = range_places(layer) if placement.output else ()
         followed = made.get(id(placement.follows), {})
         source = followed.get("output", followed.get("input_0"))
@@ -226,15 +270,22 @@ class QuantizationAwareTraining(CompressionCallback):
             # By its place in the graph: layers made anew have new names.
             key = f"range_{len(self._places)}"
             start = self._known_ranges.get(key, [0.0, 0.0])
-            self._places[path] = MovingRange(self._add_state(key, start, "float32"))
+            self._places[path] = MovingRange(
+                self._add_state(key, start, "float32"),
+                self.percentile,
+                None if self.ranges_end_step is None else self._ranges_move,
+            )
         return self._places[path]
 
-    def _is_active(self) -> tf.Tensor:
+    def _ranges_move(self) -> tf.Tensor:
+        return tf.logical_not(self._reached(self.ranges_end_step))
+
+    def _reached(self, step: int) -> tf.Tensor:
         iterations = unwrap_optimizer(self._optimizer).iterations
-        return tf.convert_to_tensor(iterations.value) >= self.begin_step
+        return tf.convert_to_tensor(iterations.value) >= step
 
     def _require_something(self, model):
-        if not self.applied and self.weights is not None:
+        if not self.applied and self.weights:
             raise ValueError(
                 f"The model {model.name!r} has no weight to quantize. Skipped: "
                 f"{self.skipped or 'nothing'}. Expected at least one kernel or embedding with 2 or "
@@ -245,6 +296,26 @@ class QuantizationAwareTraining(CompressionCallback):
 def _as_training(proceed, *args, **kwargs):
     with training_step():
         return proceed(*args, **kwargs)
+
+
+def _normalize(frozen, proceed, inputs, training=None, **kwargs):
+    """The call of a batch norm, with its moving statistics once they are frozen."""
+    if not in_training():
+        return proceed(inputs, training=training, **kwargs)
+    return tf.cond(
+        frozen(),
+        lambda: proceed(inputs, training=False, **kwargs),
+        lambda: proceed(inputs, training=training, **kwargs),
+    )
+
+
+def _check_steps(**steps):
+    for name, step in steps.items():
+        if step is not None and (not isinstance(step, int) or step < 0):
+            raise ValueError(
+                f"QuantizationAwareTraining got {name}={step!r}; pass a number of optimizer "
+                "updates, 0 or more."
+            )
 
 
 def _spec(x) -> keras.InputSpec:

@@ -106,8 +106,8 @@ def _precision(precision, quantizers, calibration) -> str:
 
 def _require_8_bits(quantizers):
     for quantizer in quantizers:
-        for scheme in (quantizer.weight_scheme, quantizer.activation_scheme):
-            if scheme is not None and scheme.bits != 8:
+        for scheme in quantizer.schemes:
+            if scheme.bits != 8:
                 raise ValueError(
                     f"The layer {quantizer.layer.name!r} was trained with {scheme}, and a LiteRT "
                     'file of precision="int8" holds 8 bits. Train with weights="int8" and '

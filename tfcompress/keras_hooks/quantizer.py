@@ -11,8 +11,10 @@ import tensorflow as tf
 
 from tfcompress.keras_hooks.overlay import Overlay, children, in_training, raw_value
 from tfcompress.ops import fake_quant as fq
+from tfcompress.ops import ranges
+from tfcompress.ops.schemes import Scheme
 
-_CALIBRATING = contextvars.ContextVar("calibrating", default=False)
+_CALIBRATING = contextvars.ContextVar("calibrating", default=None)
 _ATTRIBUTE = "_tfcompress_quantizers"
 # What LiteRT's kernels do with these outputs whatever the file says; in units of 1 / 2^bits.
 _FIXED_RANGES = {"softmax": (0.0, 1.0), "sigmoid": (0.0, 1.0), "tanh": (-1.0, 1.0)}
@@ -30,17 +32,51 @@ class MovingRange:
 
     Args:
         variable: A non-trainable float32 variable of shape `(2,)`, zeros at first.
+        percentile: Share of a batch's values that it is to hold, in (50, 100]; 100 takes its
+            extremes.
+        moving: In-graph predicate; once it is false, the range stays as it is. None for always.
+    """
+
+    def __init__(
+        self,
+        variable: keras.Variable,
+        percentile: float = 100.0,
+        moving: Callable[[], tf.Tensor] | None = None,
+    ):
+        self.variable, self.percentile, self.moving = variable, percentile, moving
+
+    def observe(self, x: tf.Tensor) -> tf.Tensor:
+        """Take a batch into account; returns the new `[low, high]`."""
+        bounds = self.bounds()
+        whole = self.percentile == 100.0
+        seen = ranges.extremes(x) if whole else ranges.percentiles(x, self.percentile)
+        moved = ranges.moving_range(bounds, seen)
+        if self.moving is not None:
+            moved = tf.where(self.moving(), moved, bounds)
+        self.variable.assign(moved)
+        return moved
+
+    def bounds(self) -> tf.Tensor:
+        """`[low, high]` as it is."""
+        return tf.convert_to_tensor(self.variable.value)
+
+
+class LearnedRange:
+    """A range that is trained with the weights (LSQ+); the first batch it sees sets it.
+
+    Args:
+        variable: A trainable float32 variable of shape `(2,)`, zeros at first.
     """
 
     def __init__(self, variable: keras.Variable):
         self.variable = variable
 
     def observe(self, x: tf.Tensor) -> tf.Tensor:
-        """Take a batch into account; returns the new `[low, high]`."""
-        update = fq.widened_range if _CALIBRATING.get() else fq.moving_range
-        bounds = update(self.variable.value, x)
-        self.variable.assign(bounds)
-        return bounds
+        """`[low, high]`, with a gradient; set from `x` if it was not set yet."""
+        bounds = self.bounds()
+        settled = tf.where(ranges.range_is_empty(bounds), ranges.extremes(x), bounds)
+        self.variable.assign(settled)
+        return settled
 
     def bounds(self) -> tf.Tensor:
         """`[low, high]` as it is."""
@@ -50,7 +86,7 @@ class MovingRange:
 class FollowedRange:
     """The range of another layer, used as it is: for operators whose kernels keep the scale."""
 
-    def __init__(self, source: "MovingRange | FixedRange | FollowedRange"):
+    def __init__(self, source: "Range"):
         self.source = source
 
     def observe(self, x: tf.Tensor) -> tf.Tensor:
@@ -78,17 +114,86 @@ class FixedRange:
         return tf.constant([self.low, self.high])
 
 
+class DynamicRange:
+    """The range that a batch has, whatever was seen before."""
+
+
+Range = MovingRange | LearnedRange | FollowedRange | FixedRange | DynamicRange
+
+
 @contextlib.contextmanager
-def calibrating() -> Iterator[None]:
-    """While this is on, calls widen the ranges to what they see, and round no activation."""
-    token = _CALIBRATING.set(True)
+def calibrating(observe: Callable[[MovingRange | LearnedRange, tf.Tensor], None]) -> Iterator[None]:
+    """While this is on, calls hand what their ranges see to `observe`, and round no activation.
+
+    Args:
+        observe: `(range, tensor)`, called in the graph that is being traced, for each range that is
+            a variable of its own: `range.variable` is its `[low, high]`.
+    """
+    token = _CALIBRATING.set(observe)
     try:
         yield
     finally:
         _CALIBRATING.reset(token)
 
 
-Range = MovingRange | FollowedRange | FixedRange
+@dataclasses.dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """One weight of a layer on its grid.
+
+    Args:
+        variable: The float weight.
+        axes: Axes that share one scale; see `ops.fake_quant.weight_grid`.
+        scheme: How it is quantized.
+        scale: A variable that holds the scale, one number for each that is shared, zeros until it
+            is set; it is learned if it is trainable. None where the weight's extremes set it.
+    """
+
+    variable: keras.Variable
+    axes: tuple[int, ...]
+    scheme: Scheme
+    scale: keras.Variable | None = None
+
+    def quantize(self, w: tf.Tensor) -> tf.Tensor:
+        """`w`, a value of the variable, on the grid."""
+        if self.scale is None:
+            return fq.fake_quant_weights(w, self.scheme, self.axes)
+        scale, limits = self._settled(w), self.scheme.limits
+        if not self.scale.trainable:
+            return fq.fake_quant_weights(w, self.scheme, self.axes, self._spread(scale))
+        count = fq.num_sharing(w.shape, self.scheme, self.axes)
+        scale = self._spread(fq.gradient_scaled(scale, count, limits[1]))
+        return fq.learned_fake_quant(w, scale, 0.0, limits)
+
+    def grid(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """`(scale, zero point)` of the weight as it is, broadcastable to it."""
+        w = tf.convert_to_tensor(self.variable.value)
+        if self.scale is None:
+            return fq.weight_grid(w, self.scheme, self.axes)
+        scale = self._spread(self._start_at(w))
+        return scale, tf.zeros_like(scale)
+
+    def set_scale(self, scale) -> None:
+        """Keep `scale`, broadcastable to the weight, as from `ops.fake_quant.weight_scale`."""
+        shape = self.variable.shape
+        self.scale.assign(fq.compact_scale(scale, shape, self.scheme, self.axes))
+
+    def _settled(self, w):
+        scale = self._start_at(w)
+        if self.scale.trainable and in_training():
+            self.scale.assign(scale)
+        return scale
+
+    def _start_at(self, w):
+        """The scale; while it is unset, the one it starts from."""
+        scale = tf.convert_to_tensor(self.scale.value)
+        start = fq.learned_scale if self.scale.trainable else fq.weight_scale
+        first = start(tf.stop_gradient(w), self.scheme, self.axes)
+        first = fq.compact_scale(first, w.shape, self.scheme, self.axes)
+        # A learned scale must not turn negative.
+        return tf.where(tf.equal(scale, 0.0), first, tf.maximum(tf.abs(scale), 1e-8))
+
+    def _spread(self, scale):
+        return fq.spread_scale(scale, self.variable.shape, self.scheme, self.axes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,9 +202,8 @@ class LayerQuantizer:
 
     Args:
         layer: A built layer.
-        weights: `(variable, axes that share a scale)` pairs.
-        weight_scheme: A symmetric scheme, or None.
-        activation_scheme: An asymmetric scheme, or None.
+        weights: Its weights on their grids.
+        activation_scheme: How its activations are quantized, or None.
         ranges: By place: `"preactivation"`, `"output"`, and `"input_0"`, `"input_1"`, ... for the
             tensors of the first argument.
         active: In-graph predicate; until it is true, ranges are observed and nothing is quantized.
@@ -107,16 +211,21 @@ class LayerQuantizer:
     """
 
     layer: keras.layers.Layer
-    weights: Sequence[tuple[keras.Variable, tuple[int, ...]]]
-    weight_scheme: fq.Scheme | None
-    activation_scheme: fq.Scheme | None
+    weights: Sequence[QuantizedWeight]
+    activation_scheme: Scheme | None
     ranges: Mapping[str, Range]
     active: Callable[[], tf.Tensor] | None = None
     wrapper: keras.layers.Layer | None = None
 
+    @property
+    def schemes(self) -> tuple[Scheme, ...]:
+        """The schemes of its weights, and that of its activations."""
+        schemes = (*(weight.scheme for weight in self.weights), self.activation_scheme)
+        return tuple(scheme for scheme in schemes if scheme is not None)
+
     def overlay(self) -> Overlay:
         """The overlay that trains (and observes ranges) and simulates (and does not)."""
-        return self._overlay(self._quantize_weights, self._quantize_activations)
+        return self._overlay(self._quantize_weight, self._quantize_activations)
 
     def converter_overlay(self, keep: Callable[[tf.Variable], None]) -> Overlay:
         """The overlay in the converter's words: constant weights on the grid, TF's own operators.
@@ -124,23 +233,20 @@ class LayerQuantizer:
         Args:
             keep: Receives the variables made for the weights, to be saved with the function.
         """
-
         baked = {}
-        if self.weight_scheme is not None:
-            for variable, axes in self.weights:
-                on_grid = self._quantize_weights(raw_value(variable), variable, axes)
-                baked[id(variable)] = tf.Variable(on_grid, trainable=False)
-                keep(baked[id(variable)])
+        for weight in self.weights:
+            on_grid = self._quantize_weight(raw_value(weight.variable), weight)
+            baked[id(weight.variable)] = tf.Variable(on_grid, trainable=False)
+            keep(baked[id(weight.variable)])
         return self._overlay(
-            lambda w, variable, axes: tf.convert_to_tensor(baked[id(variable)]),
+            lambda w, weight: tf.convert_to_tensor(baked[id(weight.variable)]),
             self._converter_activations,
         )
 
-    def _overlay(self, quantize_weights, quantize_activations) -> Overlay:
+    def _overlay(self, quantize_weight, quantize_activations) -> Overlay:
         weights = [
-            (variable, functools.partial(quantize_weights, variable=variable, axes=axes))
-            for variable, axes in self.weights
-            if self.weight_scheme is not None
+            (weight.variable, functools.partial(quantize_weight, weight=weight))
+            for weight in self.weights
         ]
         places = {
             place: functools.partial(quantize_activations, source=source)
@@ -155,27 +261,42 @@ class LayerQuantizer:
             output=places.get("output"),
         )
 
-    def _quantize_weights(self, w, variable, axes):
-        quantized = fq.fake_quant_weights(w, self.weight_scheme, axes)
+    def _quantize_weight(self, w, weight: QuantizedWeight):
+        quantized = weight.quantize(w)
         return quantized if self.active is None else tf.where(self.active(), quantized, w)
 
     def _quantize_activations(self, x, source: Range):
-        if _CALIBRATING.get():
-            source.observe(x)
+        observe = _CALIBRATING.get()
+        if observe is not None:
+            if isinstance(source, MovingRange | LearnedRange):
+                observe(source, x)
             return x
-        training = in_training()
-        bounds = source.observe(x) if training else source.bounds()
-        averages = isinstance(source, FollowedRange)
-        rounding = fq.fake_quant_averages if averages else fq.fake_quant_activations
-        quantized = rounding(x, bounds, self.activation_scheme)
-        if not training:  # A model that was not trained yet has no range to round to.
-            quantized = tf.where(fq.range_is_empty(bounds), x, quantized)
+        quantized = self._on_grid(x, source)
         return quantized if self.active is None else tf.where(self.active(), quantized, x)
 
+    def _on_grid(self, x, source: Range):
+        scheme = self.activation_scheme
+        if isinstance(source, DynamicRange):
+            return fq.fake_quant_dynamic(x, scheme)
+        training = in_training()
+        bounds = source.observe(x) if training else source.bounds()
+        if training and isinstance(source, LearnedRange):
+            return fq.fake_quant_learned(x, bounds, scheme)
+        averages = isinstance(source, FollowedRange)
+        rounding = fq.fake_quant_averages if averages else fq.fake_quant_activations
+        quantized = rounding(x, bounds, scheme)
+        if training:
+            return quantized
+        # A model that was not trained yet has no range to round to.
+        return tf.where(ranges.range_is_empty(bounds), x, quantized)
+
     def _converter_activations(self, x, source: Range):
+        if isinstance(source, DynamicRange):  # The runtime sees to it.
+            return x
         with tf.init_scope():
-            low, high = source.bounds().numpy().tolist()
-        if low == high == 0.0:
+            bounds = source.bounds().numpy()
+            low, high = (float(end) for end in fq.grid_bounds(bounds, self.activation_scheme))
+        if not bounds.any():
             return x
         return tf.quantization.fake_quant_with_min_max_vars(
             x, low, high, num_bits=self.activation_scheme.bits
@@ -294,15 +415,15 @@ def is_fused(activation: str) -> bool:
     return activation in _FUSED_ACTIVATIONS
 
 
-def fixed_range(activation: str, scheme: fq.Scheme) -> FixedRange | None:
+def fixed_range(activation: str, scheme: Scheme) -> FixedRange | None:
     """The range that LiteRT gives the output of an activation, or None where it is free.
 
     Example:
 
-    >>> fixed_range("softmax", fq.activation_scheme("int8"))
+    >>> fixed_range("softmax", Scheme(symmetric=False, granularity="tensor"))
     FixedRange(low=0.0, high=0.99609375)
     """
-    if activation not in _FIXED_RANGES:
+    if activation not in _FIXED_RANGES or scheme.symmetric:
         return None
     low, high = _FIXED_RANGES[activation]
     steps = 2**scheme.bits
@@ -324,3 +445,15 @@ def range_places(layer: keras.layers.Layer) -> tuple[str, ...]:
     if computes and not is_fused(activation_name(layer)):
         return ("preactivation", "output")
     return ("output",)
+
+
+def dynamic_places(layer: keras.layers.Layer) -> tuple[str, ...]:
+    """Where a layer's activations are rounded when ranges are dynamic: before it multiplies.
+
+    Example:
+
+    >>> dynamic_places(keras.layers.ReLU()), dynamic_places(keras.layers.Embedding(4, 2))
+    ((), ())
+    """
+    looks_up = isinstance(layer, keras.layers.Embedding)
+    return ("input_0",) if layer.variables and weight_axes(layer) and not looks_up else ()

@@ -5,7 +5,8 @@ Private Keras API used here, with a test in `tests/keras_hooks/test_walk.py`: th
 """
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import keras
 from keras.src.models import Functional
@@ -150,6 +151,17 @@ def group_by_glob(globs: Iterable[str | None], paths: Iterable[str]) -> dict[str
 def matches(path: str, globs: Sequence[str]) -> bool:
     """Whether any of `globs` matches the whole of `path`."""
     return any(fnmatch.fnmatchcase(path, glob) for glob in globs)
+
+
+def first_match(path: str, by_glob: Mapping[str, Any]) -> Any:
+    """The value under the first glob that matches the whole of `path`; None if none does.
+
+    Example:
+
+    >>> first_match("m/head/kernel", {"*/head/*": 8, "*": 4})
+    8
+    """
+    return next((value for glob, value in by_glob.items() if matches(path, [glob])), None)
 
 
 def _reason_to_skip(path, variable, trainable, include, exclude):

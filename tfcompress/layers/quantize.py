@@ -1,7 +1,5 @@
 """Quantization of one layer, with its ranges as saved variables."""
 
-import dataclasses
-
 import keras
 import tensorflow as tf
 
@@ -9,20 +7,22 @@ from tfcompress.graph.placement import moves_only
 from tfcompress.keras_hooks import walk
 from tfcompress.keras_hooks.overlay import call_through
 from tfcompress.keras_hooks.quantizer import (
+    DynamicRange,
     LayerQuantizer,
+    LearnedRange,
     MovingRange,
+    QuantizedWeight,
     activation_name,
+    dynamic_places,
     fixed_range,
     range_places,
     weight_axes,
 )
 from tfcompress.layers.base import CompressionWrapper
-from tfcompress.ops.fake_quant import (
-    Scheme,
-    activation_scheme,
-    fake_quant_weights,
-    weight_scheme,
-)
+from tfcompress.ops import fake_quant as fq
+from tfcompress.ops.schemes import Scheme, scheme_pair
+
+SCALES = ("max", "fixed", "lsq")
 
 
 @keras.saving.register_keras_serializable(package="tfcompress")
@@ -40,15 +40,24 @@ class Quantize(CompressionWrapper):
 
     Args:
         layer: The layer to wrap.
-        weights: `"int8"`, `"int2"` to `"int8"`, a symmetric `Scheme`, or None to leave them float.
-        activations: The same, asymmetric per tensor; None to leave them float, as behind a layer
-            that batch normalization or ReLU follows.
+        weights: `"int8"`, `"int2"` to `"int8"`, a `Scheme`, or None to leave them float; `"w4a8"`
+            says both.
+        activations: `"int8"`, `"int2"` to `"int8"`, `"dynamic"`, a `Scheme`, or None to leave them
+            float, as behind a layer that batch normalization or ReLU follows. Dynamic ones are
+            rounded before a layer with weights, on the range of each row.
+        scales: Where the scales of the weights come from. `"max"`: their extremes, at every call.
+            `"fixed"`: a saved variable, set by whoever rounds them after training. `"lsq"`: a
+            variable that is trained, and so are the ranges of the activations; see the reference.
+            An optimizer with weight decay should leave both alone
+            (`exclude_from_weight_decay(var_names=["scale", "range"])`).
+        percentile: Share of the values of a batch that a range is to hold, in (50, 100].
         include: Glob or globs over the paths of the layer's variables; None for all kernels.
         exclude: Glob or globs to leave out.
         **kwargs: What every Keras layer takes.
 
     Raises:
-        ValueError: A scheme is not one of the above; when built: a glob matches nothing.
+        ValueError: A scheme or `scales` is not one of the above, `scales` other than `"max"` with
+            asymmetric weights; when built: a glob matches nothing.
 
     Example:
 
@@ -59,7 +68,9 @@ class Quantize(CompressionWrapper):
     >>> model.layers[0].ranges
     {'output': (0.0, 1.0)}
 
-    Reference: Jacob et al. 2018, https://arxiv.org/abs/1712.05877.
+    Reference: Jacob et al. 2018, https://arxiv.org/abs/1712.05877; learned scales: Esser et al.
+    2020, https://arxiv.org/abs/1902.08153, and Bhalgat et al. 2020,
+    https://arxiv.org/abs/2004.09576.
     """
 
     def __init__(
@@ -67,13 +78,17 @@ class Quantize(CompressionWrapper):
         layer,
         weights: str | Scheme | None = "int8",
         activations: str | Scheme | None = "int8",
+        scales: str = "max",
+        percentile: float = 100.0,
         include=None,
         exclude=None,
         **kwargs,
     ):
         super().__init__(layer, include=include, exclude=exclude, **kwargs)
-        self.weights_scheme = weight_scheme(weights)
-        self.activations_scheme = activation_scheme(activations)
+        self.weights_scheme, self.activations_scheme = scheme_pair(weights, activations)
+        check_scales(scales, self.weights_scheme)
+        check_percentile(percentile)
+        self.scales, self.percentile = scales, percentile
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
@@ -81,6 +96,7 @@ class Quantize(CompressionWrapper):
         return {
             place: tuple(keras.ops.convert_to_numpy(source.bounds()).tolist())
             for place, source in self.quantizer.ranges.items()
+            if not isinstance(source, DynamicRange)
         }
 
     def build_state(self, was_built):
@@ -88,15 +104,11 @@ class Quantize(CompressionWrapper):
         plain = self.layer
         while isinstance(plain, CompressionWrapper):
             plain = plain.layer
-        places = () if moves_only(plain, identity=False) else range_places(plain)
-        if self.activations_scheme is None:
-            places = ()
         self.quantizer = LayerQuantizer(
             layer=plain,
-            weights=self._chosen(plain),
-            weight_scheme=self.weights_scheme,
+            weights=[self._weight(plain, *pair) for pair in self._chosen(plain)],
             activation_scheme=self.activations_scheme,
-            ranges={place: self._range(plain, place) for place in places},
+            ranges={place: self._range(plain, place) for place in self._places(plain)},
             wrapper=self,
         )
 
@@ -107,9 +119,9 @@ class Quantize(CompressionWrapper):
 
     def bake(self, variable, value):
         """`value` on the grid."""
-        for weight, axes in self.quantizer.weights:
-            if weight is variable:
-                return tf.cast(fake_quant_weights(value, self.weights_scheme, axes), value.dtype)
+        for weight in self.quantizer.weights:
+            if weight.variable is variable:
+                return tf.cast(weight.quantize(value), value.dtype)
         return value
 
     def get_config(self):
@@ -117,7 +129,9 @@ class Quantize(CompressionWrapper):
         schemes = {"weights": self.weights_scheme, "activations": self.activations_scheme}
         return {
             **super().get_config(),
-            **{key: scheme and dataclasses.asdict(scheme) for key, scheme in schemes.items()},
+            **{key: scheme and scheme.get_config() for key, scheme in schemes.items()},
+            "scales": self.scales,
+            "percentile": self.percentile,
         }
 
     def _chosen(self, plain):
@@ -133,18 +147,61 @@ class Quantize(CompressionWrapper):
             and not (exclude and walk.matches(variable.path, exclude))
         ]
 
+    def _places(self, plain) -> tuple[str, ...]:
+        if self.activations_scheme is None:
+            return ()
+        if self.activations_scheme.dynamic:
+            return dynamic_places(plain)
+        return () if moves_only(plain, identity=False) else range_places(plain)
+
+    def _weight(self, plain, variable, axes) -> QuantizedWeight:
+        if self.scales == "max":
+            return QuantizedWeight(variable, axes, self.weights_scheme)
+        like = fq.weight_scale(tf.zeros(variable.shape), self.weights_scheme, axes)
+        shape = fq.compact_scale(like, variable.shape, self.weights_scheme, axes).shape
+        scale = self._state(f"{variable.name}_scale", tuple(shape), self.scales == "lsq")
+        return QuantizedWeight(variable, axes, self.weights_scheme, scale)
+
     def _range(self, plain, place):
+        if self.activations_scheme.dynamic:
+            return DynamicRange()
         fixed = fixed_range(activation_name(plain), self.activations_scheme)
         if place == "output" and fixed is not None:
             return fixed
-        return MovingRange(
-            self.add_weight(
-                shape=(2,),
-                initializer="zeros",
-                dtype="float32",
-                trainable=False,
-                autocast=False,
-                aggregation="only_first_replica",
-                name=f"{place}_range",
-            )
+        variable = self._state(f"{place}_range", (2,), self.scales == "lsq")
+        if self.scales == "lsq":
+            return LearnedRange(variable)
+        return MovingRange(variable, self.percentile)
+
+    def _state(self, name, shape, trainable) -> keras.Variable:
+        return self.add_weight(
+            shape=shape,
+            initializer="zeros",
+            dtype="float32",
+            trainable=trainable,
+            autocast=False,
+            # A training step sets it from the first batch, on every replica alike.
+            aggregation="mean" if trainable else "only_first_replica",
+            name=name,
+        )
+
+
+def check_scales(scales: str, scheme: Scheme | None) -> None:
+    """Raise a ValueError if `scales` is not known, or not with such weights."""
+    if scales not in SCALES:
+        raise ValueError(f"scales={scales!r} is not known; pass one of {SCALES}.")
+    restricted = scheme is not None and (not scheme.symmetric or scheme.power_of_two)
+    if scales != "max" and restricted:
+        raise ValueError(
+            f"scales={scales!r} needs symmetric weights without powers of two, got {scheme}; pass "
+            'scales="max", or another scheme.'
+        )
+
+
+def check_percentile(percentile: float) -> None:
+    """Raise a ValueError if it is not in (50, 100]."""
+    if not 50 < percentile <= 100:
+        raise ValueError(
+            f"percentile={percentile!r} must be in (50, 100]: the share of a batch's values that a "
+            "range is to hold, in percent; 99.9 is a usual value."
         )

@@ -1,134 +1,10 @@
 """Fake quantization: floats rounded to an integer grid, with a straight-through gradient."""
 
-import dataclasses
-import re
+import math
 
 import tensorflow as tf
 
-GRANULARITIES = ("tensor", "channel")
-
-
-@dataclasses.dataclass(frozen=True)
-class Scheme:
-    """How a tensor is quantized: an integer grid and what shares one scale.
-
-    A symmetric scheme has zero point 0 and leaves out the most negative integer, so that
-    `-w` is representable whenever `w` is; an asymmetric one covers `[low, high]` exactly once.
-
-    Args:
-        bits: Width of the integers, 2 to 8.
-        symmetric: Whether the zero point is 0.
-        granularity: `"tensor"`, or `"channel"`: one scale for each output channel.
-
-    Raises:
-        ValueError: `bits` or `granularity` is not one of the above.
-
-    Example:
-
-    >>> Scheme(bits=4).limits
-    (-7, 7)
-    >>> Scheme(symmetric=False, granularity="tensor").limits
-    (-128, 127)
-    """
-
-    bits: int = 8
-    symmetric: bool = True
-    granularity: str = "channel"
-
-    def __post_init__(self):
-        if self.bits not in range(2, 9):
-            raise ValueError(f"Scheme has bits={self.bits!r}; pass an integer from 2 to 8.")
-        if self.granularity not in GRANULARITIES:
-            raise ValueError(
-                f"Scheme has granularity={self.granularity!r}; pass one of {GRANULARITIES}."
-            )
-
-    @property
-    def limits(self) -> tuple[int, int]:
-        """Smallest and largest integer of the grid."""
-        return integer_limits(self.bits, narrow=self.symmetric)
-
-    def get_config(self) -> dict:
-        """Return the arguments that rebuild this scheme."""
-        return dataclasses.asdict(self)
-
-
-def weight_scheme(spec: "str | dict | Scheme | None") -> Scheme | None:
-    """Resolve what a user passes as `weights`: `"int8"` is symmetric, one scale a channel.
-
-    Args:
-        spec: `"int2"` to `"int8"`, a `Scheme`, its config, or None (leave float).
-
-    Returns:
-        The scheme, or None.
-
-    Raises:
-        ValueError: `spec` is none of these, or an asymmetric scheme.
-
-    Example:
-
-    >>> weight_scheme("int8")
-    Scheme(bits=8, symmetric=True, granularity='channel')
-    """
-    scheme = _resolve(spec, "weights", symmetric=True, granularity="channel")
-    if scheme is not None and not scheme.symmetric:
-        raise ValueError(
-            f"weights={spec!r} is asymmetric, which would move pruned zeros off zero and which "
-            "no integer kernel reads; pass a scheme with symmetric=True."
-        )
-    return scheme
-
-
-def activation_scheme(spec: "str | dict | Scheme | None") -> Scheme | None:
-    """Resolve what a user passes as `activations`: `"int8"` is asymmetric, one scale a tensor.
-
-    Args:
-        spec: `"int2"` to `"int8"`, a `Scheme`, its config, or None (leave float).
-
-    Returns:
-        The scheme, or None.
-
-    Raises:
-        ValueError: `spec` is none of these, or a scheme that is not asymmetric per tensor.
-
-    Example:
-
-    >>> activation_scheme("int8")
-    Scheme(bits=8, symmetric=False, granularity='tensor')
-    """
-    scheme = _resolve(spec, "activations", symmetric=False, granularity="tensor")
-    if scheme is not None and (scheme.symmetric or scheme.granularity != "tensor"):
-        raise ValueError(
-            f"activations={spec!r} must be asymmetric with one scale a tensor: "
-            'Scheme(bits=..., symmetric=False, granularity="tensor").'
-        )
-    return scheme
-
-
-def _resolve(spec, argument, symmetric, granularity):
-    if spec is None or isinstance(spec, Scheme):
-        return spec
-    if isinstance(spec, dict):
-        return Scheme(**spec)
-    match = re.fullmatch(r"int([2-8])", spec) if isinstance(spec, str) else None
-    if match is None:
-        raise ValueError(
-            f'{argument}={spec!r} is not a quantization scheme; pass "int8" ("int2" to "int8"), '
-            "a tfcompress.ops.Scheme, or None to leave them float."
-        )
-    return Scheme(int(match[1]), symmetric, granularity)
-
-
-def integer_limits(bits: int, narrow: bool = False) -> tuple[int, int]:
-    """Smallest and largest signed integer of `bits` bits; `narrow` leaves out the smallest.
-
-    Example:
-
-    >>> integer_limits(8), integer_limits(8, narrow=True)
-    ((-128, 127), (-127, 127))
-    """
-    high = 2 ** (bits - 1) - 1
-    return (-high if narrow else -high - 1), high
+from tfcompress.ops.schemes import Scheme, integer_limits
 
 
 def symmetric_scale(x: tf.Tensor, bits: int = 8, axis=None) -> tf.Tensor:
@@ -148,12 +24,29 @@ def symmetric_scale(x: tf.Tensor, bits: int = 8, axis=None) -> tf.Tensor:
     array([[0.02, 1.  ]], dtype=float32)
     """
     largest = tf.reduce_max(tf.abs(tf.cast(x, tf.float32)), axis=axis, keepdims=True)
-    scale = largest / integer_limits(bits)[1]
+    return _nonzero(largest / integer_limits(bits)[1])
+
+
+def to_power_of_two(scale) -> tf.Tensor:
+    """The next power of two, upwards, so that nothing is clipped that was not.
+
+    Example:
+
+    >>> to_power_of_two(tf.constant([0.3, 0.25])).numpy()
+    array([0.5 , 0.25], dtype=float32)
+    """
+    exponent = tf.math.ceil(tf.math.log(scale) / math.log(2.0) - 1e-6)
+    return tf.pow(2.0, exponent)
+
+
+def _nonzero(scale):
     # A denormal maximum over 127 rounds to 0, and 0 / 0 is NaN.
     return tf.where(tf.equal(scale, 0.0), tf.ones_like(scale), scale)
 
 
-def asymmetric_scale(low, high, bits: int = 8) -> tuple[tf.Tensor, tf.Tensor]:
+def asymmetric_scale(
+    low, high, bits: int = 8, power_of_two: bool = False
+) -> tuple[tf.Tensor, tf.Tensor]:
     """Scale and zero point of a grid over `[low, high]`, nudged so that 0 is on the grid.
 
     `scale = (high - low) / (2^bits - 1)`; the zero point is rounded half up, as TensorFlow's
@@ -163,6 +56,7 @@ def asymmetric_scale(low, high, bits: int = 8) -> tuple[tf.Tensor, tf.Tensor]:
         low: Scalar or tensor; values above 0 are taken as 0.
         high: Like `low`; values below 0 are taken as 0.
         bits: Width of the integers, 2 to 8.
+        power_of_two: Whether to round the scale up to a power of two.
 
     Returns:
         A float32 scale (1 for an empty range), and a float32 whole number, the zero point.
@@ -176,8 +70,8 @@ def asymmetric_scale(low, high, bits: int = 8) -> tuple[tf.Tensor, tf.Tensor]:
     low = tf.minimum(tf.cast(low, tf.float32), 0.0)
     high = tf.maximum(tf.cast(high, tf.float32), 0.0)
     smallest, largest = integer_limits(bits)
-    scale = (high - low) / (largest - smallest)
-    scale = tf.where(tf.equal(scale, 0.0), tf.ones_like(scale), scale)
+    scale = _nonzero((high - low) / (largest - smallest))
+    scale = to_power_of_two(scale) if power_of_two else scale
     steps_below_zero = tf.clip_by_value(
         tf.floor(-low / scale + 0.5), 0.0, float(largest - smallest)
     )
@@ -262,46 +156,316 @@ def fake_quant(x, scale, zero_point=0.0, bits: int = 8, narrow: bool = False) ->
     return straight_through(tf.convert_to_tensor(x))
 
 
-def fake_quant_weights(w, scheme: Scheme, axis=None) -> tf.Tensor:
-    """Fake-quantize weights on the symmetric grid that their own largest magnitudes set.
+def weight_grid(w, scheme: Scheme, axes=None) -> tuple[tf.Tensor, tf.Tensor]:
+    """The scale and zero point of the grid that the extremes of some weights set.
 
     Args:
-        w: Float tensor of any rank.
-        scheme: A symmetric scheme.
-        axis: Axes that share one scale under granularity `"channel"`.
+        w: Float tensor of any rank, of known shape.
+        scheme: How it is quantized.
+        axes: Axes that share one scale under `"channel"`; under `"group"`, the last of them is
+            cut into groups, and the others are shared. None for all.
+
+    Returns:
+        A float32 scale, and a float32 whole number, the zero point; both broadcastable to `w`.
+
+    Example:
+
+    >>> w = tf.constant([[1.0], [2.0], [4.0], [6.0]])
+    >>> scale, zero_point = weight_grid(w, Scheme(2, granularity="group", group_size=2), axes=(0,))
+    >>> scale.numpy().ravel().tolist(), zero_point.numpy().ravel().tolist()
+    ([2.0, 2.0, 6.0, 6.0], [0.0, 0.0, 0.0, 0.0])
+    """
+    wide = tf.cast(w, tf.float32)
+    if scheme.symmetric:
+        largest = _over_shared(tf.reduce_max, tf.abs(wide), scheme, axes)
+        scale = _nonzero(largest / scheme.limits[1])
+        scale = to_power_of_two(scale) if scheme.power_of_two else scale
+        return scale, tf.zeros_like(scale)
+    low = _over_shared(tf.reduce_min, tf.minimum(wide, 0.0), scheme, axes)
+    high = _over_shared(tf.reduce_max, tf.maximum(wide, 0.0), scheme, axes)
+    return asymmetric_scale(low, high, scheme.bits, scheme.power_of_two)
+
+
+def weight_scale(w, scheme: Scheme, axes=None) -> tf.Tensor:
+    """The scale of `weight_grid`.
+
+    Example:
+
+    >>> weight_scale(tf.constant([[1.27, 0.0], [-2.54, 0.0]]), Scheme(), axes=(0,)).numpy()
+    array([[0.02, 1.  ]], dtype=float32)
+    """
+    return weight_grid(w, scheme, axes)[0]
+
+
+def fake_quant_weights(w, scheme: Scheme, axes=None, scale=None) -> tf.Tensor:
+    """Fake-quantize weights, on the grid that their own extremes set or on a given one.
+
+    Args:
+        w: Float tensor of any rank, of known shape.
+        scheme: How it is quantized.
+        axes: Axes that share one scale; see `weight_grid`.
+        scale: Broadcastable to `w`, for a symmetric scheme; None to let the extremes set it.
 
     Returns:
         A tensor like `w`. Zeros stay zeros.
 
     Example:
 
-    >>> fake_quant_weights(tf.constant([[1.0], [0.3], [0.0]]), Scheme(bits=2), axis=0).numpy()
+    >>> fake_quant_weights(tf.constant([[1.0], [0.3], [0.0]]), Scheme(bits=2), axes=0).numpy()
     array([[1.], [0.], [0.]], dtype=float32)
     """
-    shared = axis if scheme.granularity == "channel" else None
-    scale = symmetric_scale(w, scheme.bits, shared)
-    return fake_quant(w, scale, bits=scheme.bits, narrow=True)
+    zero_point = 0.0
+    if scale is None:
+        scale, zero_point = weight_grid(w, scheme, axes)
+    return fake_quant(w, scale, zero_point, bits=scheme.bits, narrow=scheme.symmetric)
+
+
+def learned_fake_quant(x, scale, zero_point, limits: tuple[int, int]) -> tf.Tensor:
+    """Fake-quantize on a grid that is learned as well (LSQ; with a zero point, LSQ+).
+
+    Forward as `fake_quant`. Backward, with `v = x / scale + zero_point`: the gradient of `x` where
+    `v` is inside the limits, 0 beyond; for the scale `round(v) - v` inside, and the distance of the
+    limit from the zero point beyond. See `gradient_scaled` for the size of a step.
+
+    Args:
+        x: Float tensor of any rank; float16 and bfloat16 are computed in float32.
+        scale: Positive, broadcastable to `x`; float32.
+        zero_point: Broadcastable to `x`; rounded here, with a straight-through gradient.
+        limits: The smallest and largest integer.
+
+    Returns:
+        A tensor of the shape and dtype of `x`.
+
+    Example:
+
+    >>> scale = tf.Variable(0.5)
+    >>> with tf.GradientTape() as tape:
+    ...     y = learned_fake_quant(tf.constant([0.4, 9.0]), scale, 0.0, (-7, 7))
+    >>> y.numpy(), round(float(tape.gradient(y, scale)), 4)  # 1 - 0.8, and 7
+    (array([0.5, 3.5], dtype=float32), 7.2)
+
+    Reference: Esser et al. 2020, https://arxiv.org/abs/1902.08153; Bhalgat et al. 2020,
+    https://arxiv.org/abs/2004.09576.
+    """
+    low, high = limits
+    round_through = tf.grad_pass_through(tf.round)
+    zero_point = round_through(tf.convert_to_tensor(zero_point, tf.float32))
+    steps = tf.cast(x, tf.float32) / scale + zero_point
+    rounded = round_through(tf.clip_by_value(steps, float(low), float(high)))
+    return tf.cast((rounded - zero_point) * scale, x.dtype)
+
+
+def gradient_scaled(x, count: int, largest: int) -> tf.Tensor:
+    """`x`, with a gradient smaller by `1 / sqrt(count * largest)`, for what sets a grid.
+
+    With it, the steps of a scale are as large beside the scale as those of the weights beside them.
+
+    Args:
+        x: A scale, or the ends of a grid; float32.
+        count: Values that share it, in one example.
+        largest: The largest integer of the grid.
+
+    Returns:
+        `x`.
+
+    Reference: Esser et al. 2020, https://arxiv.org/abs/1902.08153, section 2.2.
+    """
+    factor = 1.0 / math.sqrt(count * largest)
+    scaled = tf.custom_gradient(lambda x: (tf.identity(x), lambda upstream: upstream * factor))
+    return scaled(tf.convert_to_tensor(x, tf.float32))
+
+
+def learned_scale(w, scheme: Scheme, axes=None) -> tf.Tensor:
+    """Where a learned scale of weights begins: `2 mean|w| / sqrt(largest integer)`, as in LSQ.
+
+    Args:
+        w: Float tensor, of known shape.
+        scheme: A symmetric scheme.
+        axes: Axes that share one scale; see `weight_grid`.
+
+    Returns:
+        A float32 scale, broadcastable to `w`; 1 where every weight is 0.
+
+    Example:
+
+    >>> learned_scale(tf.constant([[1.0], [-3.0]]), Scheme(2), axes=0).numpy()
+    array([[4.]], dtype=float32)
+    """
+    # Zeros do not count: what was pruned is on every grid.
+    total = _over_shared(tf.reduce_sum, tf.abs(tf.cast(w, tf.float32)), scheme, axes)
+    count = _over_shared(tf.reduce_sum, tf.cast(tf.not_equal(w, 0), tf.float32), scheme, axes)
+    mean = tf.math.divide_no_nan(total, count)
+    return _nonzero(2.0 * mean / math.sqrt(scheme.limits[1]))
+
+
+def compact_scale(scale, shape, scheme: Scheme, axes=None) -> tf.Tensor:
+    """A scale without the repetitions that make it broadcastable; see `spread_scale`.
+
+    Example:
+
+    >>> scheme = Scheme(4, granularity="group", group_size=2)
+    >>> compact_scale(tf.constant([[1.0], [1.0], [2.0]]), (3, 1), scheme, axes=(0,)).numpy()
+    array([[1.],
+           [2.]], dtype=float32)
+    """
+    if scheme.granularity != "group":
+        return scale
+    axis = _as_axes(axes, len(shape))[-1]
+    return tf.gather(scale, range(0, shape[axis], scheme.group_size), axis=axis)
+
+
+def spread_scale(scale, shape, scheme: Scheme, axes=None) -> tf.Tensor:
+    """One scale a group, repeated to be broadcastable to weights of `shape`.
+
+    Args:
+        scale: From `compact_scale`.
+        shape: Of the weights.
+        scheme: Any scheme; only that of groups repeats.
+        axes: See `weight_grid`.
+
+    Returns:
+        A tensor that broadcasts to `shape`.
+    """
+    if scheme.granularity != "group":
+        return scale
+    axis = _as_axes(axes, len(shape))[-1]
+    repeated = tf.repeat(scale, scheme.group_size, axis=axis)
+    return tf.gather(repeated, range(shape[axis]), axis=axis)
+
+
+def num_sharing(shape, scheme: Scheme, axes=None) -> int:
+    """How many weights of `shape` share one scale, at most.
+
+    Example:
+
+    >>> num_sharing((8, 3), Scheme(), axes=(0,))
+    8
+    """
+    if scheme.granularity == "tensor":
+        return math.prod(shape)
+    axes = _as_axes(axes, len(shape))
+    sizes = [shape[axis] for axis in axes]
+    if scheme.granularity == "group":
+        sizes[-1] = min(scheme.group_size, sizes[-1])
+    return math.prod(sizes)
+
+
+def _over_shared(reduce, x, scheme, axes):
+    """`reduce` over what shares one scale, broadcastable to `x`."""
+    rank = len(x.shape)
+    axes = _as_axes(None if scheme.granularity == "tensor" else axes, rank)
+    if scheme.granularity != "group":
+        return reduce(x, axis=axes, keepdims=True)
+    axis, size, group = axes[-1], x.shape[axes[-1]], scheme.group_size
+    num_groups = -(-size // group)
+    # 0 is inside of every range, and adds nothing.
+    padded = tf.pad(x, [[0, num_groups * group - size if a == axis else 0] for a in range(rank)])
+    split = tf.reshape(padded, [*x.shape[:axis], num_groups, group, *x.shape[axis + 1 :]])
+    others = [a if a < axis else a + 1 for a in axes[:-1]]
+    reduced = tf.squeeze(reduce(split, axis=[*others, axis + 1], keepdims=True), axis + 1)
+    return spread_scale(reduced, x.shape, scheme, axes)
+
+
+def _as_axes(axes, rank) -> tuple[int, ...]:
+    if axes is None:
+        return tuple(range(rank))
+    axes = (axes,) if isinstance(axes, int) else axes
+    return tuple(sorted(axis % rank for axis in axes))
+
+
+def grid_bounds(bounds, scheme: Scheme) -> tuple[tf.Tensor, tf.Tensor]:
+    """Both ends of the grid over `[low, high]`, which kernels are told.
+
+    Args:
+        bounds: Two numbers, or two tensors.
+        scheme: How the activations are quantized.
+
+    Returns:
+        `(low, high)`, float32: as they are, for an asymmetric scheme; for a symmetric one and
+        for powers of two, so that `asymmetric_scale` of them is that grid.
+
+    Example:
+
+    >>> low, high = grid_bounds([-1.0, 1.27], Scheme(granularity="tensor"))
+    >>> round(float(low), 4), round(float(high), 4)
+    (-1.28, 1.27)
+    """
+    low, high = (tf.cast(bounds[i], tf.float32) for i in range(2))
+    smallest, largest = integer_limits(scheme.bits)
+    if scheme.symmetric:
+        scale = _nonzero(tf.maximum(-low, high) / largest)
+        zero_point = 0.0
+    elif scheme.power_of_two:
+        scale, zero_point = asymmetric_scale(low, high, scheme.bits, power_of_two=True)
+    else:
+        return low, high
+    scale = to_power_of_two(scale) if scheme.power_of_two else scale
+    return (smallest - zero_point) * scale, (largest - zero_point) * scale
 
 
 def fake_quant_activations(x, bounds, scheme: Scheme) -> tf.Tensor:
-    """Fake-quantize activations on the asymmetric grid over `bounds = [low, high]`.
+    """Fake-quantize activations on the grid over `bounds = [low, high]`.
 
     Args:
         x: Float tensor of any rank.
         bounds: Two numbers, `low <= 0 <= high`.
-        scheme: An asymmetric scheme.
+        scheme: How the activations are quantized.
 
     Returns:
         A tensor like `x`.
 
     Example:
 
-    >>> scheme = activation_scheme("int8")
+    >>> scheme = Scheme(symmetric=False, granularity="tensor")
     >>> fake_quant_activations(tf.constant([0.0, 1.013, 9.0]), [0.0, 5.1], scheme).numpy().round(4)
     array([0.  , 1.02, 5.1 ], dtype=float32)
     """
-    scale, zero_point = asymmetric_scale(bounds[0], bounds[1], scheme.bits)
+    scale, zero_point = asymmetric_scale(*grid_bounds(bounds, scheme), scheme.bits)
     return fake_quant(x, scale, zero_point, scheme.bits)
+
+
+def fake_quant_learned(x, bounds, scheme: Scheme) -> tf.Tensor:
+    """`fake_quant_activations` on bounds that are learned as well: LSQ+ by both ends of the grid.
+
+    Args:
+        x: Float tensor of any rank, batch first.
+        bounds: `[low, high]`, which get gradients.
+        scheme: How the activations are quantized.
+
+    Returns:
+        A tensor like `x`.
+
+    Reference: Bhalgat et al. 2020, https://arxiv.org/abs/2004.09576.
+    """
+    limits = integer_limits(scheme.bits)
+    count = math.prod(size or 1 for size in x.shape[1:])
+    low, high = grid_bounds(gradient_scaled(bounds, count, limits[1]), scheme)
+    low, high = tf.minimum(low, 0.0), tf.maximum(high, 0.0)
+    scale = _nonzero((high - low) / (limits[1] - limits[0]))
+    return learned_fake_quant(x, scale, limits[0] - low / scale, limits)
+
+
+def fake_quant_dynamic(x, scheme: Scheme) -> tf.Tensor:
+    """Fake-quantize activations on the range that they have: each row, or the whole tensor.
+
+    Args:
+        x: Float tensor of any rank.
+        scheme: With granularity `"channel"`, each row (all but the last axis) has its own range.
+
+    Returns:
+        A tensor like `x`.
+
+    Example:
+
+    >>> fake_quant_dynamic(tf.constant([[0.0, 0.4, 3.0], [0.0, 0.1, 0.3]]), Scheme(2)).numpy()
+    array([[0. , 0. , 3. ],
+           [0. , 0. , 0.3]], dtype=float32)
+    """
+    axis = -1 if scheme.granularity == "channel" else None
+    wide = tf.cast(x, tf.float32)
+    low = tf.minimum(tf.reduce_min(wide, axis=axis, keepdims=True), 0.0)
+    high = tf.maximum(tf.reduce_max(wide, axis=axis, keepdims=True), 0.0)
+    return fake_quant_activations(x, (low, high), scheme)
 
 
 def fake_quant_averages(x, bounds, scheme: Scheme) -> tf.Tensor:
@@ -321,70 +485,13 @@ def fake_quant_averages(x, bounds, scheme: Scheme) -> tf.Tensor:
 
     Example:
 
-    >>> scheme = activation_scheme("int8")  # 0.025 is the stored integer -125.5 here.
+    >>> scheme = Scheme(symmetric=False, granularity="tensor")
+    >>> # 0.025 is the stored integer -125.5 here.
     >>> fake_quant_averages(tf.constant([0.025]), [0.0, 2.55], scheme).numpy()
     array([0.02], dtype=float32)
     """
-    scale, zero_point = asymmetric_scale(bounds[0], bounds[1], scheme.bits)
+    scale, zero_point = asymmetric_scale(*grid_bounds(bounds, scheme), scheme.bits)
     stored = tf.round(tf.cast(x, tf.float32) / scale * 1024.0) / 1024.0 + zero_point
     rounded = tf.sign(stored) * tf.floor(tf.abs(stored) + 0.5)
     on_grid = tf.cast(dequantize(rounded, scale, zero_point), x.dtype)
     return fake_quant(x + tf.stop_gradient(on_grid - x), scale, zero_point, scheme.bits)
-
-
-def moving_range(bounds, x, momentum: float = 0.99) -> tf.Tensor:
-    """One step of the moving average of a batch's extremes; the first batch sets it.
-
-    `low <- momentum * low + (1 - momentum) * min(x, 0)`, and likewise `high` with the maximum.
-
-    Args:
-        bounds: `[low, high]`, the averages so far; `[0, 0]` when nothing was seen yet.
-        x: Float tensor, the batch. Under `tf.distribute`, the extremes are those of all replicas.
-        momentum: In [0, 1).
-
-    Returns:
-        The new `[low, high]` in float32, with `low <= 0 <= high`.
-
-    Example:
-
-    >>> moving_range([0.0, 0.0], tf.constant([-1.0, 3.0])).numpy()
-    array([-1.,  3.], dtype=float32)
-    >>> moving_range([-1.0, 3.0], tf.constant([1.0, 4.0]), momentum=0.5).numpy()
-    array([-0.5,  3.5], dtype=float32)
-    """
-    bounds, extremes = tf.cast(bounds, tf.float32), _extremes(x)
-    moved = momentum * bounds + (1.0 - momentum) * extremes
-    return tf.where(range_is_empty(bounds), extremes, moved)
-
-
-def widened_range(bounds, x) -> tf.Tensor:
-    """The range that holds `bounds = [low, high]` and all of `x`.
-
-    Example:
-
-    >>> widened_range([-1.0, 3.0], tf.constant([1.0, 4.0])).numpy()
-    array([-1.,  4.], dtype=float32)
-    """
-    bounds, extremes = tf.cast(bounds, tf.float32), _extremes(x)
-    return tf.stack([tf.minimum(bounds[0], extremes[0]), tf.maximum(bounds[1], extremes[1])])
-
-
-def range_is_empty(bounds) -> tf.Tensor:
-    """Whether `[low, high]` is `[0, 0]`: a range that has seen nothing, or only zeros."""
-    return tf.reduce_all(tf.equal(bounds, 0.0))
-
-
-def _extremes(x):
-    """`[min(x, 0), max(x, 0)]` of a batch; 0 must be on the grid."""
-    x = tf.stop_gradient(tf.cast(x, tf.float32))
-    low, high = tf.minimum(tf.reduce_min(x), 0.0), tf.maximum(tf.reduce_max(x), 0.0)
-    return _over_replicas(tf.stack([low, high]))
-
-
-def _over_replicas(extremes):
-    """Extremes of all replicas: a mean of maxima is smaller than the maximum of one device."""
-    context = tf.distribute.get_replica_context()
-    if context is None or context.num_replicas_in_sync == 1:
-        return extremes
-    gathered = context.all_gather(extremes[None], axis=0)
-    return tf.stack([tf.reduce_min(gathered[:, 0]), tf.reduce_max(gathered[:, 1])])

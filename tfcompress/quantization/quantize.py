@@ -13,7 +13,8 @@ from tfcompress.graph.rebuild import replay
 from tfcompress.keras_hooks import nodes, walk
 from tfcompress.keras_hooks.quantizer import calibrating, weight_axes
 from tfcompress.layers.quantize import Quantize
-from tfcompress.ops.fake_quant import Scheme, activation_scheme, weight_scheme
+from tfcompress.ops import ranges
+from tfcompress.ops.schemes import Scheme, scheme_pair
 
 logger = logging.getLogger("tfcompress")
 
@@ -67,7 +68,8 @@ def quantize(
 
     Reference: Jacob et al. 2018, https://arxiv.org/abs/1712.05877.
     """
-    schemes = {"weights": weight_scheme(weights), "activations": activation_scheme(activations)}
+    weights, activations = scheme_pair(weights, activations)
+    schemes = {"weights": weights, "activations": activations}
     left_float = _left_float(model, include, exclude)
     flat = expand(model)
     wrapped = replay(_copy(flat), _Wrapping(flat, schemes, left_float))
@@ -88,13 +90,17 @@ def calibrate(model: keras.Model, data: Any) -> None:
     """
     step = tf.function(lambda inputs: model(inputs, training=False), reduce_retracing=True)
     num_batches = 0
-    with calibrating():
+    with calibrating(_widen):
         for batch in input_batches(data):
             step(keras.tree.map_structure(tf.convert_to_tensor, batch))
             num_batches += 1
     if not num_batches:
         raise ValueError("The calibration data holds no batch; pass some hundred inputs.")
     logger.info("Calibrated %s on %d batches", model.name, num_batches)
+
+
+def _widen(source, x):
+    source.variable.assign(ranges.widened_range(source.bounds(), ranges.extremes(x)))
 
 
 def _left_float(model, include, exclude) -> set[int]:
