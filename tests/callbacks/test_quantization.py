@@ -265,12 +265,92 @@ def test_training_that_was_interrupted_equals_training_that_was_not(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_percentiles_leave_outliers_out():
+    x = X.copy()
+    x[3, 2] = 1000.0
+    highest = {}
+    for percentile in (100.0, 95.0):
+        qat = QuantizationAwareTraining(percentile=percentile)
+        fit(mlp(), [qat], x[:16], Y[:16])
+        highest[percentile] = qat.ranges["mlp/input_0"][1]
+    assert highest[100.0] == 1000.0
+    assert 1.5 < highest[95.0] < 4
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_ranges_stay_after_their_last_step(jit_compile):
+    ranges = []
+    for epochs in (1, 3):
+        qat = QuantizationAwareTraining(ranges_end_step=4)  # Four steps an epoch.
+        fit(mlp(), [qat], epochs=epochs, jit_compile=jit_compile)
+        ranges.append(qat.ranges)
+    moving = QuantizationAwareTraining()
+    fit(mlp(), [moving], epochs=3, jit_compile=jit_compile)
+    assert ranges[0]["mlp/input_0"] == ranges[1]["mlp/input_0"] != moving.ranges["mlp/input_0"]
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_batch_norms_keep_their_statistics_after_their_last_step(jit_compile):
+    def trained(epochs, **arguments):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([keras.Input((6,)), layers.Dense(2), layers.BatchNormalization()])
+        fit(model, [QuantizationAwareTraining(**arguments)], epochs=epochs, jit_compile=jit_compile)
+        return model.layers[-1]
+
+    at_the_end_of_the_first, frozen = (trained(n, batch_norm_end_step=4) for n in (1, 3))
+    moving = trained(3)
+    for name in ("moving_mean", "moving_variance"):
+        first, last, free = (
+            np.asarray(getattr(each, name)) for each in (at_the_end_of_the_first, frozen, moving)
+        )
+        np.testing.assert_array_equal(first, last)
+        assert np.abs(free - last).max() > 1e-3
+    gammas = [np.asarray(each.gamma) for each in (frozen, at_the_end_of_the_first)]
+    assert np.abs(gammas[0] - gammas[1]).max() > 1e-4
+    assert not hidden_traces(keras.Sequential([frozen]))
+
+
+def test_frozen_batch_norms_normalize_with_moving_statistics_in_training():
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(2), layers.BatchNormalization()])
+    model.layers[-1].moving_mean.assign([5.0, -5.0])
+    qat = QuantizationAwareTraining(activations=None, batch_norm_end_step=0)
+    expected = np.mean((model.predict(X, verbose=0) - Y) ** 2)
+    loss = fit(model, [qat], optimizer=keras.optimizers.SGD(0.0))
+    np.testing.assert_allclose(loss[0], expected, rtol=0.01)
+
+
+def test_dynamic_activations_have_no_range():
+    qat = QuantizationAwareTraining(activations="dynamic")
+    model = mlp()
+    w1, b1, w2, b2 = model.get_weights()
+    loss = fit(model, [qat], X[:16], Y[:16])
+    rows = activation_scheme("dynamic")
+    q1, q2 = (fq.fake_quant_weights(w, Scheme(), 0).numpy() for w in (w1, w2))
+    hidden = np.maximum(fq.fake_quant_dynamic(X[:16], rows).numpy() @ q1 + b1, 0)
+    expected = np.mean((fq.fake_quant_dynamic(hidden, rows).numpy() @ q2 + b2 - Y[:16]) ** 2)
+    np.testing.assert_allclose(loss[0], expected, rtol=1e-5)
+    assert qat.ranges == {}
+
+
+def test_each_weight_may_have_its_own_scheme():
+    qat = QuantizationAwareTraining({"*hidden*": "int4", "*logits*": "int8"})
+    fit(mlp(), [qat])
+    bits = {path.split("/")[-2]: scheme[:13] for path, scheme in qat.applied.items()}
+    assert bits == {"hidden": "Scheme(bits=4", "logits": "Scheme(bits=8"}
+    partly = QuantizationAwareTraining({"*hidden*": "int4"})
+    fit(mlp(), [partly])
+    assert partly.skipped["mlp/logits/kernel"] == "no glob of weights= matches it"
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
         (lambda: QuantizationAwareTraining("int9"), "weights='int9' is not"),
         (lambda: QuantizationAwareTraining(None, None), "nothing to quantize; pass weights="),
         (lambda: QuantizationAwareTraining(begin_step=-1), "begin_step=-1; pass a number"),
+        (lambda: QuantizationAwareTraining(ranges_end_step=1.5), "ranges_end_step=1.5; pass a"),
+        (lambda: QuantizationAwareTraining(percentile=20), r"percentile=20 must be in \(50, 100\]"),
+        (lambda: fit(mlp(), [QuantizationAwareTraining({"x": "int8"})]), "glob 'x' matches no"),
         (lambda: fit(mlp(), [QuantizationAwareTraining(include="x")]), "glob 'x' matches no"),
         (lambda: fit(mlp(), [QuantizationAwareTraining(exclude="*")]), "no weight to quantize"),
     ],

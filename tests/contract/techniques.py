@@ -7,6 +7,8 @@ import tfcompress as tfc
 
 DECAY = tfc.schedules.PolynomialDecay(0.0, 0.75, begin_step=1, end_step=10)
 
+GROUPS = tfc.quantization.Scheme(4, granularity="group", group_size=3)
+
 
 @dataclasses.dataclass(frozen=True)
 class Technique:
@@ -93,6 +95,28 @@ TECHNIQUES = {
     "QAT, weights": Technique(
         lambda: tfc.callbacks.QuantizationAwareTraining(activations=None),
         lambda each: tfc.layers.Quantize(each, activations=None),
+    ),
+    "QAT, groups of 4 bits": Technique(
+        lambda: tfc.callbacks.QuantizationAwareTraining(GROUPS, None),
+        lambda each: tfc.layers.Quantize(each, GROUPS, None),
+    ),
+    "QAT, dynamic": Technique(
+        lambda: tfc.callbacks.QuantizationAwareTraining(activations="dynamic"),
+        lambda each: tfc.layers.Quantize(each, activations="dynamic"),
+        in_weights=False,
+    ),
+    "QAT, percentiles, then frozen": Technique(
+        lambda: tfc.callbacks.QuantizationAwareTraining(
+            percentile=99.0, ranges_end_step=4, batch_norm_end_step=6
+        ),
+        lambda each: tfc.layers.Quantize(each, percentile=99.0),
+        in_weights=False,
+    ),
+    "QAT, LSQ": Technique(
+        wrapper=lambda each: tfc.layers.Quantize(each, "w4a8", scales="lsq"), in_weights=False
+    ),
+    "QAT, LSQ, weights": Technique(
+        wrapper=lambda each: tfc.layers.Quantize(each, "w3", scales="lsq")
     ),
 }
 CALLBACKS = [name for name, technique in TECHNIQUES.items() if technique.callback]

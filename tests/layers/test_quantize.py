@@ -129,7 +129,91 @@ def test_globs_choose_the_weights():
         Quantize(layers.Dense(2), exclude="nothing").build((None, 3))
 
 
+def lsq(weights="w3a4", scales="lsq"):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            Quantize(layers.Identity(), None, "int4", scales=scales, name="input"),
+            Quantize(layers.Dense(16, activation="relu"), weights, scales=scales, name="first"),
+            Quantize(layers.Dense(2), weights, scales=scales, name="second"),
+        ]
+    )
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    return model
+
+
+def test_learned_scales_start_from_the_weights_and_the_first_batch():
+    model = lsq()
+    model.compile(keras.optimizers.SGD(0.0), "mse")
+    model.fit(X, Y, batch_size=64, verbose=0)
+    first = model.layers[1]
+    start = fq.learned_scale(first.layer.kernel.value, Scheme(3), 0)
+    np.testing.assert_allclose(first.quantizer.weights[0].scale, start, rtol=1e-6)
+    assert model.layers[0].ranges["output"] == (float(X.min()), float(X.max()))
+
+
+def test_learned_scales_are_trained_and_beat_those_of_the_extremes():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(512, 6)).astype("float32")
+    y = np.tanh(x @ rng.normal(size=(6, 2))).astype("float32")
+    keras.utils.set_random_seed(0)
+    trained = keras.Sequential([layers.Dense(32, activation="relu"), layers.Dense(2)])
+    trained.compile(keras.optimizers.Adam(0.01), "mse")
+    trained.fit(x, y, epochs=40, verbose=0)
+    errors = {}
+    for scales in ("max", "lsq"):
+        plain = keras.models.clone_model(trained)
+        plain.set_weights(trained.get_weights())
+        model = keras.Sequential([Quantize(each, "w2a4", scales=scales) for each in plain.layers])
+        model.compile(keras.optimizers.Adam(0.003), "mse")
+        model.fit(x, y, epochs=20, verbose=0)
+        errors[scales] = model.evaluate(x, y, verbose=0)
+    assert errors["lsq"] < 0.7 * errors["max"]
+    scale = model.layers[0].quantizer.weights[0].scale
+    before, ranges = np.asarray(scale), model.layers[0].ranges
+    model.fit(x, y, verbose=0)
+    assert np.mean(np.asarray(scale) != before) > 0.5  # Dead units have no gradient.
+    assert model.layers[0].ranges != ranges
+
+
+def test_learned_scales_are_saved_and_go_on(tmp_path):
+    model = lsq()
+    model.fit(X, Y, epochs=2, verbose=0, shuffle=False)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    for each in (model, again):
+        each.fit(X, Y, epochs=1, verbose=0, shuffle=False)
+    np.testing.assert_array_equal(model.predict(X, verbose=0), again.predict(X, verbose=0))
+
+
+def test_a_fixed_scale_is_used_and_kept(tmp_path):
+    scheme = Scheme(4, granularity="group", group_size=2)
+    model = keras.Sequential(
+        [keras.Input((6,)), Quantize(layers.Dense(2), scheme, None, scales="fixed")]
+    )
+    weight = model.layers[0].quantizer.weights[0]
+    kernel = np.asarray(weight.variable)
+    by_extremes = fq.weight_scale(kernel, scheme, (0,))
+    np.testing.assert_allclose(model(X), X @ fq.fake_quant_weights(kernel, scheme, 0), atol=1e-5)
+    weight.set_scale(by_extremes / 2)
+    rounded = fq.fake_quant_weights(kernel, scheme, 0, by_extremes / 2)
+    np.testing.assert_allclose(model(X), X @ rounded, atol=1e-5)
+    assert weight.scale.shape == (3, 2)
+    np.testing.assert_array_equal(weight.grid()[0], by_extremes / 2)
+    np.testing.assert_array_equal(strip(model).layers[0].kernel, rounded)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(again(X), model(X))
+
+
 def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="scales='min' is not known; pass one of"):
+        Quantize(layers.Dense(2), scales="min")
+    with pytest.raises(ValueError, match="needs symmetric weights"):
+        Quantize(layers.Dense(2), Scheme(symmetric=False), scales="lsq")
+    with pytest.raises(ValueError, match="percentile=101 must be in"):
+        Quantize(layers.Dense(2), percentile=101)
     with pytest.raises(ValueError, match="weights='int1' is not"):
         Quantize(layers.Dense(2), weights="int1")
     with pytest.raises(ValueError, match="wraps a Keras layer"):
