@@ -33,6 +33,12 @@ AXES = {
     ),
     "Embedding": (lambda: layers.Embedding(5, 3), (None, 4), {"embeddings": (0, 1)}),
     "LSTM": (lambda: layers.LSTM(3), (None, 6, 4), {"kernel": (0,), "recurrent_kernel": (0,)}),
+    "GRU": (lambda: layers.GRU(3), (None, 6, 4), {"kernel": (0,), "recurrent_kernel": (0,)}),
+    "EinsumDense with a bias of two axes": (
+        lambda: layers.EinsumDense("abc,cde->abde", (None, 2, 3), bias_axes="de"),
+        (None, 6, 4),
+        {"kernel": (0,)},
+    ),
     "TimeDistributed": (
         lambda: layers.TimeDistributed(layers.Conv1D(3, 2)),
         (None, 5, 6, 4),

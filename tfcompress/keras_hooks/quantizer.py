@@ -58,7 +58,7 @@ class MovingRange:
 
     def bounds(self) -> tf.Tensor:
         """`[low, high]` as it is."""
-        return tf.convert_to_tensor(self.variable.value)
+        return raw_value(self.variable)
 
 
 class LearnedRange:
@@ -80,7 +80,7 @@ class LearnedRange:
 
     def bounds(self) -> tf.Tensor:
         """`[low, high]` as it is."""
-        return tf.convert_to_tensor(self.variable.value)
+        return raw_value(self.variable)
 
 
 class FollowedRange:
@@ -166,7 +166,7 @@ class QuantizedWeight:
 
     def grid(self) -> tuple[tf.Tensor, tf.Tensor]:
         """`(scale, zero point)` of the weight as it is, broadcastable to it."""
-        w = tf.convert_to_tensor(self.variable.value)
+        w = raw_value(self.variable)
         if self.scale is None:
             return fq.weight_grid(w, self.scheme, self.axes)
         scale = self._spread(self._start_at(w))
@@ -185,7 +185,7 @@ class QuantizedWeight:
 
     def _start_at(self, w):
         """The scale; while it is unset, the one it starts from."""
-        scale = tf.convert_to_tensor(self.scale.value)
+        scale = raw_value(self.scale)
         start = fq.learned_scale if self.scale.trainable else fq.weight_scale
         first = start(tf.stop_gradient(w), self.scheme, self.axes)
         first = fq.compact_scale(first, w.shape, self.scheme, self.axes)
@@ -352,6 +352,8 @@ def weight_axes(layer: keras.layers.Layer) -> list[tuple[keras.Variable, tuple[i
         for variable in layer.variables
         if id(variable) not in theirs
         and len(variable.shape) > 1
+        # Those of attention and GRU have two axes.
+        and "bias" not in variable.name
         and keras.backend.is_float_dtype(variable.dtype)
     ]
     return own + [pair for child in inside for pair in weight_axes(child)]
