@@ -130,6 +130,23 @@ def test_the_zeros_are_there_at_every_step():
     assert watch.seen == [[size - round(size * (1 - s)) for size in sizes] for s in expected]
 
 
+def test_a_step_without_a_choice_passes_the_choice_as_one_node():
+    """Inlined into the step, the untaken branch has hundreds of nodes, all of them visited."""
+    model = compile_classifier(mlp(), "adam")
+    pruning = tfc.callbacks.Pruning(DECAY, frequency=4)
+    with pruning.attached(model):
+        step = tf.function(pruning._around_update).get_concrete_function(lambda: None)
+    library = step.graph.as_graph_def().library.function
+    functions = {function.signature.name: function for function in library}
+    (condition,) = (op for op in step.graph.get_operations() if op.type.endswith("If"))
+    calls = [
+        node.attr["f"].func.name
+        for node in functions[condition.get_attr("then_branch").name].node_def
+        if node.op.endswith("PartitionedCall")
+    ]
+    assert [functions[name].attr["_noinline"].b for name in calls] == [True]
+
+
 def test_global_allocation_prunes_the_sum_exactly():
     model = train(compile_classifier(mlp()), [tfc.callbacks.Pruning(0.7, allocation="global")])
     total = sum(w.size for w in kernels(model).values())
@@ -279,3 +296,19 @@ def test_the_logger_puts_the_sparsity_into_the_logs(tmp_path):
     ]
     tags = {value.tag for event in events for value in event.summary.value}
     assert {"compression/sparsity", "compression/sparsity/mlp/hidden/kernel"} <= tags
+
+
+def test_the_logger_counts_what_movement_masks_while_the_weights_keep_their_value():
+    class Zeros(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            zeros.append(num_zeros(self.model))
+
+    zeros = []
+    x, y = classification()
+    model = compile_classifier(mlp())
+    pruning = tfc.callbacks.Pruning({"*hidden*": 0.75}, criterion="movement")
+    callbacks = [pruning, Zeros(), tfc.callbacks.CompressionLogger()]
+    history = model.fit(x, y, epochs=2, verbose=0, callbacks=callbacks).history
+    hidden, head = 12 * 16, 16 * 3
+    assert history["sparsity"] == [0.75 * hidden / (hidden + head)] * 2
+    assert zeros == [[0, 0]] * 2 and num_zeros(model) == [0.75 * hidden, 0]

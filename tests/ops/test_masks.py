@@ -72,6 +72,17 @@ def test_a_pruned_nan_is_zero():
     assert apply_mask(weight, tf.constant([False, False, True])).numpy().tolist() == [0, 0, 1]
 
 
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_what_is_kept_stays_to_the_last_bit(dtype, jit_compile):
+    weight = tf.cast(np.random.default_rng(0).normal(size=(33, 7)), dtype)
+    mask = np.random.default_rng(1).random((33, 7)) < 0.5
+    masked = tf.function(apply_mask, jit_compile=jit_compile)(weight, tf.constant(mask))
+    assert masked.dtype == dtype
+    expected = np.where(mask, weight.numpy(), 0)
+    assert masked.numpy().tobytes() == expected.astype(weight.numpy().dtype).tobytes()
+
+
 @pytest.mark.parametrize(
     ("module", "kind"),
     [(criteria, "criterion"), (structures, "structure"), (allocation, "allocation")],

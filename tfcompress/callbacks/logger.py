@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfcompress.keras_hooks.walk import select_kernels, trained_model
+from tfcompress.keras_hooks.state import find_state
+from tfcompress.keras_hooks.walk import named_variables, select_kernels, trained_model
 from tfcompress.optional import require
 
 
@@ -14,7 +15,8 @@ class CompressionLogger(keras.callbacks.Callback):
 
     From there it reaches the progress bar, `History`, and any logging callback that is listed
     behind this one. With `log_dir`, the sparsity and a histogram of every kernel go to TensorBoard
-    too.
+    too. What a mask keeps out of the forward pass counts as zero (movement pruning leaves such
+    weights their value until training ends).
 
     Args:
         log_dir: Directory for TensorBoard summaries; None for none.
@@ -50,10 +52,7 @@ class CompressionLogger(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         """Add `sparsity`, the fraction of zeros in all kernels, to `logs`."""
-        kernels = {
-            path: keras.ops.convert_to_numpy(kernel)
-            for path, kernel in select_kernels(trained_model(self.model))[0].items()
-        }
+        kernels = _masked_kernels(trained_model(self.model))
         zeros = sum(int(np.sum(kernel == 0)) for kernel in kernels.values())
         sparsity = zeros / sum(kernel.size for kernel in kernels.values())
         if logs is not None:
@@ -74,3 +73,17 @@ class CompressionLogger(keras.callbacks.Callback):
                 tf.summary.scalar(f"compression/sparsity/{path}", np.mean(kernel == 0))
                 tf.summary.histogram(f"compression/weights/{path}", kernel)
         self._writer.flush()
+
+
+def _masked_kernels(model):
+    """The kernels by path, as the layers compute with them."""
+    state = find_state(model)
+    places = {path: i for i, path in enumerate(named_variables(model))}
+    kernels = {}
+    for path, variable in select_kernels(model)[0].items():
+        kernel = keras.ops.convert_to_numpy(variable)
+        for key, mask in state.items():
+            if key.endswith(f"/weight_{places[path]}/mask"):
+                kernel = np.where(keras.ops.convert_to_numpy(mask), kernel, 0)
+        kernels[path] = kernel
+    return kernels

@@ -292,8 +292,8 @@ class Pruning(MaskingCallback):
             statistic = self._variables["statistics"][path].value
             self._observe_if(self._is_observed(group.schedule, step), statistic, weight, gradient)
         if "growth" in self._variables:
-            growth = self._variables["growth"][path].value
-            self._store_if(self._is_due(group, step), growth, gradient)
+            # At every step: the variable takes the tensor over, which costs less than to ask.
+            self._variables["growth"][path].value.assign(gradient)
 
     def _observe_if(self, condition, statistic, weight, gradient):
         def observe():
@@ -302,15 +302,9 @@ class Pruning(MaskingCallback):
 
         tf.cond(condition, observe, lambda: None)
 
-    def _store_if(self, condition, growth, gradient):
-        def store():
-            growth.assign(gradient)
-
-        tf.cond(condition, store, lambda: None)
-
     def _is_observed(self, schedule, step):
-        """From one interval before the first choice to the last one."""
-        begun = step > schedule.begin_step - self.frequency
+        """To the last choice: from one interval before the first, or always if never forgotten."""
+        begun = (step > schedule.begin_step - self.frequency) | (not self._criterion.forgets)
         return begun if schedule.end_step is None else begun & (step <= schedule.end_step)
 
     def _is_exchanged(self, schedule, step):

@@ -89,7 +89,7 @@ class RigL(Regrowth):
     ([Evci et al. 2020](https://arxiv.org/abs/1911.11134)).
 
     `fraction / 2 * (1 + cos(pi * step / end_step))` of the kept units is exchanged; the gradient
-    is that of the step at which this happens, and is stored at no other.
+    is that of the step at which this happens.
 
     Args:
         fraction: Share of the kept units that is exchanged at first, in (0, 1).
