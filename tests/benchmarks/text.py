@@ -55,12 +55,14 @@ def _tokens(preprocessor, texts):
     return {name: np.asarray(value, np.int32) for name, value in tokens.items()}
 
 
-def classifier(learning_rate=5e-5, jit_compile=False, seed=0):
+def classifier(learning_rate=5e-5, jit_compile=False, seed=0, freeze_embeddings=False):
     """MiniLM with two logits over token arrays, compiled with Adam."""
     keras.utils.set_random_seed(seed)
     # The same graph as a plain model: KerasHub's own `fit` never shuffles, and tokenizes anew in
     # every epoch.
     task = zoo.minilm(num_classes=2)
+    for layer in task.backbone.layers:
+        layer.trainable = not (freeze_embeddings and "embedding" in layer.name)
     model = keras.Model(task.input, task.output, name="classifier")
     model.compile(
         optimizer=keras.optimizers.Adam(learning_rate),

@@ -69,6 +69,22 @@ def test_gradients_are_summed_since_the_last_choice(name):
         np.testing.assert_array_equal(pruning.masks[path].numpy(), expected)
 
 
+def test_movement_learns_its_scores_from_the_first_step():
+    """A warm-up before the schedule begins is when the scores of a whole model are learned."""
+    model = mlp()
+    copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    compile_classifier(copy, keras.optimizers.SGD(0.1))
+    history = reference(copy, 4)
+    compile_classifier(model, keras.optimizers.SGD(0.1))
+    schedule = tfc.schedules.OneShot(0.7, step=4)
+    pruning = tfc.callbacks.Pruning(schedule, criterion="movement", frequency=1)
+    train(model, [pruning])
+    for path in kernels(copy):
+        scores = sum(-before[path] * gradients[path] for before, gradients in history)
+        np.testing.assert_array_equal(pruning.masks[path].numpy(), kept(scores, 0.7))
+
+
 def test_movement_keeps_what_moves_away_from_zero_and_pruned_weights_keep_their_value():
     model = compile_classifier(mlp(), keras.optimizers.SGD(0.05))
     masks, values = [], []

@@ -125,3 +125,5 @@ BAKED = [name for name in WRAPPERS if TECHNIQUES[name].in_weights]
 PRUNING = [name for name, technique in TECHNIQUES.items() if technique.prunes]
 # Those that gather something in the step, which a killed run must find again.
 STATEFUL = ["pruning, gradient", "pruning, fisher", "pruning, movement", "pruning, RigL"]
+# All whose masks are not a function of the weights: a killed run must find them again.
+REMEMBERING = [*STATEFUL, "pruning, soft movement", "pruning, SET"]

@@ -15,6 +15,7 @@ from tests.contract.techniques import (
     BAKED,
     CALLBACKS,
     PRUNING,
+    REMEMBERING,
     STATEFUL,
     TECHNIQUES,
     WRAPPERS,
@@ -132,7 +133,7 @@ def run_killed(*arguments):
     )
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("name", REMEMBERING)
 def test_a_killed_run_goes_on_as_if_it_had_not_been_killed(name, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     whole.mkdir()

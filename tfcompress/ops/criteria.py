@@ -163,6 +163,11 @@ class Movement(Criterion):
     left out in the forward pass, and come back when their score rises: the gradient reaches the
     scores of all weights straight through the mask, and the values of the kept ones only.
 
+    Scores are summed from the first step on, also before the schedule begins: begin it after a
+    warm-up of a tenth of the training. All start at 0, whatever the weights were, so that it takes
+    thousands of steps and few weights kept to pay; in a few hundred, magnitude keeps more of what
+    the pretrained weights knew (`tests.benchmarks.movement_steps` measures both).
+
     Hard movement keeps the asked number of weights. With `threshold` it is soft: a weight is kept
     while `sigmoid(score) > threshold`, and the scores take steps of
     `learning_rate * (-w * g / rms(w * g) - strength * sigmoid'(score))`, so that `strength`
