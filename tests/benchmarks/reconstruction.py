@@ -24,8 +24,8 @@ import rich.table
 
 import tfcompress as tfc
 from tfcompress import zoo
+from tfcompress.graph.inputs import linear_kernels, second_moments
 from tfcompress.keras_hooks.walk import select_kernels
-from tfcompress.pruning.inputs import linear_kernels, second_moments
 
 HOWS = ("50%", "2:4")
 

@@ -1,10 +1,11 @@
 """Where ranges are needed."""
 
 import keras
+import numpy as np
 import pytest
 from keras import layers
 
-from tfcompress.graph.placement import moves_only, place
+from tfcompress.graph.placement import has_attention, moves_only, place
 
 
 def outputs(model):
@@ -129,3 +130,21 @@ def test_layers_that_move_values():
     assert not moves_only(layers.UpSampling2D(interpolation="bilinear"))
     assert moves_only(layers.Activation("linear"))
     assert not moves_only(layers.Activation("relu"))
+
+
+class HandWritten(keras.Model):
+    def __init__(self, mixes):
+        super().__init__()
+        self.mixes, self.head = mixes, layers.Dense(4)
+
+    def call(self, x):
+        scores = keras.ops.matmul(x, keras.ops.transpose(x, (0, 2, 1))) / 2.0 + 1.0
+        weights = keras.ops.softmax(scores if self.mixes else x)
+        return self.head(keras.ops.matmul(weights, x) if self.mixes else weights)
+
+
+@pytest.mark.parametrize("mixes", [True, False])
+def test_attention_by_hand_is_found_by_its_operations(mixes):
+    model, x = HandWritten(mixes), np.ones((2, 4, 4), "float32")
+    model(x)
+    assert has_attention(model, x) == mixes

@@ -12,7 +12,6 @@ from tests.models import kernels, mlp, nested, subclassed
 from tfcompress.keras_hooks.overlay import all_layers
 from tfcompress.ops.structures import NofM
 from tfcompress.pruning.sparsegpt import (
-    _inverse_factor,
     _n_of_m_plan,
     _unstructured_plan,
     largest,
@@ -99,14 +98,6 @@ def test_the_scores_are_the_errors_of_removing_one_weight():
         unexplained = target - rest @ np.linalg.lstsq(rest, target, rcond=None)[0]
         removal = np.square(weight[row]) * np.square(unexplained).sum()
         np.testing.assert_allclose(seen[(0, 6)][row], removal, rtol=1e-6)
-
-
-def test_the_factor_of_the_inverse():
-    moment = correlated(50, 7).T @ correlated(50, 7)
-    factor = _inverse_factor(moment, 0.01)
-    damped = moment + 0.01 * np.diag(moment).mean() * np.eye(7)
-    np.testing.assert_array_equal(factor, np.triu(factor))
-    np.testing.assert_allclose(factor.T @ factor @ damped, np.eye(7), atol=1e-9)
 
 
 def test_inputs_that_are_always_zero_go_first_and_do_no_harm():

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from tests.models import kernels, mlp, nested, subclassed
+from tfcompress.graph.inputs import input_norms
 from tfcompress.keras_hooks.overlay import all_layers
 from tfcompress.keras_hooks.walk import named_variables
 from tfcompress.ops.criteria import Wanda
-from tfcompress.pruning.inputs import input_norms
 
 
 def data(num_examples=50, seed=0):

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from tfcompress.graph.expand import expand
-from tfcompress.graph.rebuild import map_layers
+from tfcompress.graph.rebuild import Uses, map_layers
 from tfcompress.keras_hooks import nodes
 
 _log = logging.getLogger("tfcompress")
@@ -90,6 +90,29 @@ class Affine:
         return cls(scale, beta - scale * mean)
 
 
+def norms_behind(flat: keras.Model) -> dict[str, keras.layers.BatchNormalization]:
+    """The batch norm that `fold_batch_norm` folds into the layer in front of it, by that layer.
+
+    Args:
+        flat: From `tfcompress.expand`.
+
+    Returns:
+        `{layer.name: batch norm}`.
+
+    Example:
+
+    >>> import keras
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="dense"),
+    ...                           keras.layers.BatchNormalization(name="norm")])
+    >>> {name: norm.name for name, norm in norms_behind(expand(model)).items()}
+    {'dense': 'norm'}
+    """
+    uses = Uses(flat)
+    norms = [x for x in uses.calls if isinstance(x.operation, keras.layers.BatchNormalization)]
+    chosen = [(call.operation, *_choose(call, uses)) for call in norms]
+    return {layer.name: norm for norm, layer, side, _ in chosen if side == "behind"}
+
+
 @dataclasses.dataclass(frozen=True)
 class _Rule:
     """How an affine map of the channels goes into the weights of one kind of layer.
@@ -115,7 +138,7 @@ class _Folds:
 
 def _plan(flat: keras.Model) -> _Folds:
     """Which batch norms go into which layers; logs every one."""
-    uses = _Uses(flat)
+    uses = Uses(flat)
     folds = _Folds(set(), {})
     for call in uses.calls:
         if not isinstance(call.operation, keras.layers.BatchNormalization):
@@ -130,33 +153,7 @@ def _plan(flat: keras.Model) -> _Folds:
     return folds
 
 
-class _Uses:
-    """Who produces and who reads each tensor of a flat model."""
-
-    def __init__(self, flat: keras.Model):
-        self.calls = nodes.calls(flat)
-        self.producers = {id(x): call for call in self.calls for x in call.outputs}
-        self.readers: dict[int, list[nodes.Call]] = {}
-        for call in self.calls:
-            for x in call.inputs:
-                self.readers.setdefault(id(x), []).append(call)
-        self._outputs = {id(x) for x in flat.outputs}
-        self._num_calls: dict[int, int] = {}
-        for call in self.calls:
-            self._num_calls[id(call.operation)] = self._num_calls.get(id(call.operation), 0) + 1
-
-    def is_shared(self, call: nodes.Call) -> bool:
-        """Whether the operation is called elsewhere too."""
-        return self._num_calls[id(call.operation)] > 1
-
-    def only_reader(self, call: nodes.Call) -> nodes.Call | None:
-        """The one call that reads the output of `call`, if no other does and it is no output."""
-        tensor = id(call.outputs[0])
-        readers = self.readers.get(tensor, [])
-        return readers[0] if len(readers) == 1 and tensor not in self._outputs else None
-
-
-def _choose(call: nodes.Call, uses: _Uses):
+def _choose(call: nodes.Call, uses: Uses):
     """`(layer, "behind" | "before", [])` to fold a batch norm into, or `(None, None, reasons)`."""
     if uses.is_shared(call):
         return None, None, ["it is called more than once"]
@@ -180,7 +177,7 @@ def _choose(call: nodes.Call, uses: _Uses):
     return None, None, reasons
 
 
-def _obstacle(beside: nodes.Call, call: nodes.Call, uses: _Uses) -> str | None:
+def _obstacle(beside: nodes.Call, call: nodes.Call, uses: Uses) -> str | None:
     """What keeps the batch norm of `call` from being folded into the layer of `beside`."""
     layer, norm = beside.operation, call.operation
     axis, rank = _channel_axis(layer), len(call.outputs[0].shape)
@@ -195,7 +192,7 @@ def _obstacle(beside: nodes.Call, call: nodes.Call, uses: _Uses) -> str | None:
     return None
 
 
-def _obstacle_behind(previous: nodes.Call, call: nodes.Call, uses: _Uses) -> str | None:
+def _obstacle_behind(previous: nodes.Call, call: nodes.Call, uses: Uses) -> str | None:
     layer = previous.operation
     if reason := _obstacle(previous, call, uses):
         return reason
@@ -208,7 +205,7 @@ def _obstacle_behind(previous: nodes.Call, call: nodes.Call, uses: _Uses) -> str
     return None
 
 
-def _obstacle_before(following: nodes.Call, call: nodes.Call, uses: _Uses) -> str | None:
+def _obstacle_before(following: nodes.Call, call: nodes.Call, uses: Uses) -> str | None:
     layer, norm = following.operation, call.operation
     if reason := _obstacle(following, call, uses):
         return reason

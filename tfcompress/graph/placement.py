@@ -6,7 +6,7 @@ import keras
 
 from tfcompress.graph.expand import expand, is_primitive
 from tfcompress.keras_hooks import nodes
-from tfcompress.keras_hooks.overlay import children, original_layers
+from tfcompress.keras_hooks.overlay import all_layers, children, original_layers
 from tfcompress.keras_hooks.quantizer import activation_name, is_fused
 
 # These only move values, or pick some of them: what comes out is on the grid of what went in.
@@ -229,6 +229,53 @@ def moves_only(layer: keras.layers.Layer, identity: bool = True) -> bool:
         return layer.interpolation == "nearest"
     linear = isinstance(layer, keras.layers.Activation) and activation_name(layer) == "linear"
     return linear or isinstance(layer, _MOVES)
+
+
+def has_attention(model: keras.Model, inputs=None) -> bool:
+    """Whether a model has attention: a softmax over a product of two activations.
+
+    Args:
+        model: A built model.
+        inputs: What it is called on, where the model does not know; see `expand`. A model that
+            cannot be expanded has attention if it has an attention layer.
+
+    Returns:
+        True for models with attention layers of Keras or KerasHub, and for what is written by hand.
+
+    Example:
+
+    >>> x = keras.Input((4, 8))
+    >>> has_attention(keras.Model(x, keras.layers.Attention()([x, x])))
+    True
+    >>> has_attention(keras.Sequential([x, keras.layers.Dense(2, activation="softmax")]))
+    False
+    """
+    if any("Attention" in type(layer).__name__ for layer in all_layers(model)):
+        return True
+    try:
+        flat = expand(model, inputs)
+    except ValueError:
+        return False
+    return any(_is_attention(call) for call in nodes.calls(flat))
+
+
+def _is_attention(call) -> bool:
+    operation = call.operation
+    if type(operation).__name__ == "DotProductAttention":
+        return True
+    softmax = isinstance(operation, keras.layers.Softmax) or type(operation).__name__ == "Softmax"
+    return softmax and _is_product(call.inputs[0])
+
+
+def _is_product(tensor) -> bool:
+    """Whether a tensor is a product of two tensors of the graph, scaled and masked."""
+    node = nodes.producer(tensor)
+    inputs = node.arguments.keras_tensors
+    name = type(node.operation).__name__
+    if name in ("Matmul", "Einsum", "Dot"):
+        return len(inputs) == 2
+    scales = name in ("Multiply", "Divide", "TrueDivide", "Add", "Subtract", "Where")
+    return scales and any(_is_product(x) for x in inputs)
 
 
 def _by_layer(model, reason) -> Plan:

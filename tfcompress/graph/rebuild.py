@@ -161,3 +161,61 @@ def consumers(model: keras.Model) -> dict[str, list[keras.Operation]]:
             if all(call.operation is not x for x in listed):
                 listed.append(call.operation)
     return readers
+
+
+def copied(model: keras.Model) -> keras.Model:
+    """A Functional model of the same layers with weights of their own.
+
+    Args:
+        model: A Functional model, e.g. from `tfcompress.expand`.
+
+    Example:
+
+    >>> import keras
+    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, name="dense")])
+    >>> twin = copied(model)
+    >>> twin.layers[-1].kernel is model.layers[-1].kernel
+    False
+    >>> bool(twin.layers[-1].kernel == model.layers[-1].kernel)
+    True
+    """
+    copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    for layer in copy.layers:
+        if hasattr(layer, "finalize_state"):  # `Normalization` computes with what this derives.
+            layer.finalize_state()
+    return copy
+
+
+class Uses:
+    """Who produces and who reads each tensor of a flat model.
+
+    Args:
+        flat: A Functional model, e.g. from `tfcompress.expand`.
+    """
+
+    def __init__(self, flat: keras.Model):
+        self.calls = nodes.calls(flat)
+        self.producers = {id(x): call for call in self.calls for x in call.outputs}
+        self.readers: dict[int, list[nodes.Call]] = {}
+        for call in self.calls:
+            for x in call.inputs:
+                self.readers.setdefault(id(x), []).append(call)
+        self._outputs = {id(x) for x in flat.outputs}
+        self._num_calls: dict[int, int] = {}
+        for call in self.calls:
+            self._num_calls[id(call.operation)] = self._num_calls.get(id(call.operation), 0) + 1
+
+    def is_output(self, call: nodes.Call) -> bool:
+        """Whether what the operation returns is an output of the model."""
+        return id(call.outputs[0]) in self._outputs
+
+    def is_shared(self, call: nodes.Call) -> bool:
+        """Whether the operation is called elsewhere too."""
+        return self._num_calls[id(call.operation)] > 1
+
+    def only_reader(self, call: nodes.Call) -> nodes.Call | None:
+        """The one call that reads the output of `call`, if no other does and it is no output."""
+        tensor = id(call.outputs[0])
+        readers = self.readers.get(tensor, [])
+        return readers[0] if len(readers) == 1 and tensor not in self._outputs else None

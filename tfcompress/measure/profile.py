@@ -13,11 +13,11 @@ import numpy as np
 import tensorflow as tf
 
 from tfcompress.artefact import Artefact
+from tfcompress.graph.macs import macs
 from tfcompress.measure.accuracy import accuracy
 from tfcompress.measure.forward import as_tensors, forward, max_abs_diff, with_batch_size
-from tfcompress.measure.latency import Latency, Timing, latency
-from tfcompress.measure.macs import macs
 from tfcompress.measure.size import Weight, size, weights
+from tfcompress.timing import Latency, Timing, latency
 
 _BINS = 48
 

@@ -6,12 +6,12 @@ import keras
 import tensorflow as tf
 
 from tfcompress.checks import check_one_of, check_sparsity, check_threshold
+from tfcompress.graph.inputs import input_norms, linear_kernels
 from tfcompress.graph.roles import Prunable, prunable
 from tfcompress.keras_hooks.walk import group_by_glob, select_kernels
 from tfcompress.ops import allocation as allocations
 from tfcompress.ops import criteria, structures
 from tfcompress.ops.masks import Units, apply_mask, threshold_mask
-from tfcompress.pruning.inputs import input_norms, linear_kernels
 from tfcompress.pruning.sparsegpt import sparsegpt
 
 logger = logging.getLogger("tfcompress")

@@ -1,5 +1,6 @@
 """SparseGPT: one-shot pruning in which the weights that stay make up for those that go."""
 
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,8 +10,7 @@ import numpy as np
 import rich.progress
 import tensorflow as tf
 
-from tfcompress.ops.allocation import num_kept
-from tfcompress.pruning.inputs import (
+from tfcompress.graph.inputs import (
     NOT_REACHED,
     LinearKernel,
     call_stages,
@@ -18,13 +18,12 @@ from tfcompress.pruning.inputs import (
     repeatable,
     second_moments,
 )
+from tfcompress.ops.allocation import num_kept
+from tfcompress.ops.compensation import block_edges, compensate, inverse_factor
 
 logger = logging.getLogger("tfcompress")
 
 Group = tuple[int, int]  # The input features from start to stop.
-
-# The variance of an input that is always 0, as a share of the mean: it ranks below all others.
-_DEAD = 1e-30
 
 
 def sparsegpt(
@@ -133,42 +132,19 @@ def reconstruct(
     >>> new.round(6).tolist()
     [[0.0], [2.0]]
     """
-    weight = weight.astype(np.float64)
-    factor = _inverse_factor(moment, damping)
-    scale = np.diag(factor)[:, None]
+    factor = inverse_factor(moment, damping)
+    spread = np.diag(factor)[:, None]
+    stops = {start: stop for block in blocks for start, stop in block}
     mask = np.empty(weight.shape, bool)
-    for block in blocks:
-        first, last = block[0][0], block[-1][1]
-        errors = np.empty((last - first, weight.shape[1]))
-        for start, stop in block:
-            scores = np.square(weight[start:stop] / scale[start:stop])
-            mask[start:stop] = choose(scores, (start, stop))
-            for row in range(start, stop):
-                errors[row - first] = np.where(mask[row], 0.0, weight[row]) / scale[row]
-                weight[row + 1 : last] -= np.outer(factor[row, row + 1 : last], errors[row - first])
-        weight[last:] -= factor[first:last, last:].T @ errors
-    return np.where(mask, weight, 0.0), mask
 
+    def replace(row, weight):
+        if row in stops:
+            group = slice(row, stops[row])
+            mask[group] = choose(np.square(weight[group] / spread[group]), (row, stops[row]))
+        return np.where(mask[row], weight[row], 0.0)
 
-def _inverse_factor(moment, damping) -> np.ndarray:
-    """The upper triangular U with `U^T U` the inverse of the damped moment.
-
-    `1 / U[j, j]^2` is the variance of feature j that the features behind it do not explain.
-    """
-    diagonal = np.diag(moment)
-    mean = diagonal.mean() or 1.0
-    added = np.where(diagonal > 0, damping * mean, _DEAD * mean)
-    # Reversed, the lower factor of the moment itself gives the upper one of its inverse.
-    try:
-        lower = np.linalg.cholesky((moment + np.diag(added))[::-1, ::-1])
-    except np.linalg.LinAlgError as error:
-        raise ValueError(
-            f"The second moment of the inputs is singular with damping={damping}: there are fewer "
-            "calibration examples than input features, or features depend on each other. Pass "
-            "damping=0.01 or more examples."
-        ) from error
-    inverse = tf.linalg.triangular_solve(lower, np.eye(len(lower)), lower=True).numpy()
-    return np.ascontiguousarray(inverse[::-1, ::-1])
+    edges = [0, *(block[-1][1] for block in blocks)]
+    return compensate(weight, factor, edges, replace), mask
 
 
 def _prune_kernel(kernel: LinearKernel, moment, plan, damping) -> tf.Tensor:
@@ -191,7 +167,7 @@ def _plan(kernel: LinearKernel, sparsity, n_of_m, block_size):
 def _unstructured_plan(num_inputs, size, kept, block_size):
     """Each block keeps its share; the shares add up to `kept`."""
     num_outputs = size // num_inputs
-    edges = [*range(0, num_inputs, block_size), num_inputs]
+    edges = block_edges(num_inputs, block_size)
 
     def kept_before(edge):
         return (kept * edge * num_outputs + size // 2) // size
@@ -202,7 +178,7 @@ def _unstructured_plan(num_inputs, size, kept, block_size):
             scores.shape
         )
 
-    return [[group] for group in zip(edges[:-1], edges[1:], strict=True)], choose
+    return [[group] for group in itertools.pairwise(edges)], choose
 
 
 def _n_of_m_plan(num_inputs, depth, n_of_m, block_size):

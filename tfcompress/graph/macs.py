@@ -1,8 +1,9 @@
 """Multiply-accumulates of a forward pass, counted from the shapes in its graph."""
 
+import collections
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import keras
 import numpy as np
@@ -11,7 +12,13 @@ import tensorflow as tf
 # TensorFlow documents no way from the name of a function to its graph; its own loops use this one.
 from tensorflow.python.ops.control_flow_util_v2 import get_func_graph
 
-from tfcompress.measure.forward import with_batch_size
+from tfcompress.keras_hooks.walk import named_variables
+
+# What comes out are the numbers that went in, or some of them, in another order or shape.
+_KEEP_VALUES = (
+    "Cast", "ExpandDims", "Identity", "IdentityN", "Reshape", "ReverseV2",
+    "Slice", "Split", "SplitV", "Squeeze", "StopGradient", "StridedSlice", "Transpose", "Unpack",
+)  # fmt: skip
 
 
 def macs(model: keras.Model, batch) -> int | None:
@@ -36,15 +43,48 @@ def macs(model: keras.Model, batch) -> int | None:
     >>> macs(model, np.zeros((1, 100)))
     1000
     """
+    found = macs_by_weight(model, batch)
+    return None if found is None else sum(found.values())
+
+
+def macs_by_weight(model: keras.Model, batch) -> dict[str | None, int] | None:
+    """`macs`, by the path of the weight that is multiplied with.
+
+    Args:
+        model: A Keras model.
+        batch: An example batch of inputs; only its shapes and types matter.
+
+    Returns:
+        Path -> number for one example, without weights that count 0. Products of two activations,
+        as in attention, and of weights that were computed with before are under None. None as a
+        whole, with a warning, when a shape in the graph is unknown.
+
+    Example:
+
+    >>> layers = [keras.Input((6, 8)), keras.layers.LSTM(2, name="lstm"),
+    ...           keras.layers.Dense(3, name="head")]
+    >>> model = keras.Sequential(layers, name="model")
+    >>> found = macs_by_weight(model, np.zeros((1, 6, 8)))
+    >>> found["model/lstm/lstm_cell/recurrent_kernel"], found["model/head/kernel"]
+    (96, 6)
+    """
+    paths = {id(variable): path for path, variable in named_variables(model).items()}
+    graph = _traced(model, batch).graph
+    # The weights are the first arguments, in the order of the model's variables.
+    origins = {
+        tensor.name: paths[id(variable)]
+        for tensor, variable in zip(graph.inputs, model.variables, strict=False)
+        if id(variable) in paths
+    }
     try:
-        return _count(_traced(model, with_batch_size(batch, 1)).graph)
+        return dict(_count(graph, origins))
     except _UnknownShape as error:
-        warnings.warn(f"No MACs for {model.name!r}: {error}", stacklevel=2)
+        warnings.warn(f"No MACs for {model.name!r}: {error}", stacklevel=3)
         return None
 
 
-def _traced(model: keras.Model, inputs):
-    """The forward pass with the weights as arguments.
+def _traced(model: keras.Model, batch):
+    """The forward pass of one example with the weights as arguments.
 
     A loop that reads a variable hides its shape from the graph of the loop's body, a tensor's
     shape is seen there.
@@ -55,20 +95,30 @@ def _traced(model: keras.Model, inputs):
         with keras.StatelessScope(zip(model.variables, values, strict=True)):
             return model(inputs, training=False)
 
-    weights = [_spec(variable) for variable in model.variables]
-    return step.get_concrete_function(weights, keras.tree.map_structure(_spec, inputs))
+    weights = [tf.TensorSpec(variable.shape, variable.dtype) for variable in model.variables]
+    return step.get_concrete_function(weights, keras.tree.map_structure(_one_example, batch))
 
 
-def _spec(array) -> tf.TensorSpec:
-    return tf.TensorSpec(array.shape, array.dtype)
+def _one_example(values) -> tf.TensorSpec:
+    array = np.asarray(values)
+    dtype = np.float32 if array.dtype == np.float64 else array.dtype
+    return tf.TensorSpec((1, *array.shape[1:]), dtype)
 
 
 class _UnknownShape(Exception):
     """A contraction, or the length of a loop, depends on data."""
 
 
-def _count(graph) -> int:
-    return sum(_operation(operation) for operation in _live(graph))
+Counts = collections.Counter[str | None]
+# Name of a tensor -> path of the weight that it is, in one graph.
+Origins = Mapping[str, str]
+
+
+def _count(graph, origins: Origins) -> Counts:
+    counts: Counts = collections.Counter()
+    for operation in _live(graph):
+        counts.update(_operation(operation, origins))
+    return counts
 
 
 def _live(graph) -> list:
@@ -85,14 +135,36 @@ def _live(graph) -> list:
     return list(seen.values())
 
 
-def _operation(operation) -> int:
+def _operation(operation, origins: Origins) -> Counts:
     if operation.type in _CONTRACTIONS:
-        return _CONTRACTIONS[operation.type](operation)
+        number = _CONTRACTIONS[operation.type](operation)
+        return collections.Counter({_weight(operation, origins): number} if number else {})
     if operation.type in ("While", "StatelessWhile"):
-        return _loop(operation)
-    counts = [_count(_function(operation, name)) for name in _called(operation)]
+        return _loop(operation, origins)
+    counts = [
+        _count(*_function(operation, name, _arguments(operation), origins))
+        for name in _called(operation)
+    ]
     # `If` and `Case` run one of the functions they name, a call has only one.
-    return max(counts, default=0)
+    return max(counts, key=lambda each: each.total(), default=collections.Counter())
+
+
+def _weight(operation, origins: Origins) -> str | None:
+    """The weight among the factors of a contraction; the second factor as a rule."""
+    found = [_origin(tensor, origins) for tensor in reversed(operation.inputs)]
+    return next((path for path in found if path is not None), None)
+
+
+def _origin(tensor, origins: Origins) -> str | None:
+    while tensor.name not in origins:
+        operation = tensor.op
+        if operation.type not in _KEEP_VALUES:
+            return None
+        if operation.type == "IdentityN":
+            tensor = operation.inputs[tensor.value_index]
+        else:
+            tensor = operation.inputs[1 if operation.type == "Split" else 0]
+    return origins[tensor.name]
 
 
 def _called(operation) -> Iterator[str]:
@@ -102,16 +174,29 @@ def _called(operation) -> Iterator[str]:
         yield from (function.name for function in attribute.list.func)
 
 
-def _function(operation, name: str):
+def _arguments(operation) -> list:
     # The first input of `If` and `Case` chooses the function, the others are its arguments.
     chooses = "branches" in operation.node_def.attr or "then_branch" in operation.node_def.attr
-    arguments = operation.inputs[1:] if chooses else operation.inputs
-    return get_func_graph(operation, [tensor.shape for tensor in arguments], name)
+    return list(operation.inputs[1:] if chooses else operation.inputs)
 
 
-def _loop(operation) -> int:
-    body = _count(_function(operation, operation.get_attr("body").name))
-    return body * _iterations(operation) if body else 0
+def _function(operation, name: str, arguments: list, origins: Origins):
+    """The graph of a function that an operation runs, with the weights that it is passed."""
+    graph = get_func_graph(operation, [tensor.shape for tensor in arguments], name)
+    found = {
+        inside.name: _origin(outside, origins)
+        for inside, outside in zip(graph.inputs, arguments, strict=True)
+    }
+    return graph, {name: path for name, path in found.items() if path is not None}
+
+
+def _loop(operation, origins: Origins) -> Counts:
+    name = operation.get_attr("body").name
+    body = _count(*_function(operation, name, list(operation.inputs), origins))
+    if not body:
+        return body
+    iterations = _iterations(operation)
+    return collections.Counter({path: number * iterations for path, number in body.items()})
 
 
 def _iterations(loop) -> int:

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from tfcompress.measure import Timing, latency
+from tfcompress.timing import Timing, latency
 
 
 def test_the_median_of_a_sleep_is_the_sleep():

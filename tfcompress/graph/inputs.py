@@ -88,6 +88,15 @@ class Stage:
     last: str | None
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerCall:
+    """One call of a layer: what it was called with and what it returned."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    outputs: Any
+
+
 class _Reached(BaseException):
     """Leaves a model in the middle of its call; no `except Exception` on the way takes it."""
 
@@ -241,7 +250,7 @@ def call_stages(
         previous = inputs
 
     with _recording(kernels, record):
-        _run(model, next(_batches(calibration), None))
+        _run(model, next(calibration_batches(calibration), None))
     counts = collections.Counter(calls)
     stages: list[Stage] = []
     for path in dict.fromkeys([*calls, *kernels]):
@@ -252,6 +261,64 @@ def call_stages(
         else:
             stages.append(Stage({path: kernels[path]}, last))
     return stages
+
+
+def watch_calls(
+    model: keras.Model,
+    layers: Mapping[str, keras.layers.Layer],
+    batch: Any,
+    told: Callable[[str, LayerCall], bool | None],
+) -> None:
+    """Run a model on a batch, eagerly, and tell of every call of some layers.
+
+    Args:
+        model: A built model of any kind.
+        layers: Layers in it, by a name of your choice.
+        batch: Inputs as the model gets them.
+        told: `(name, call)`, after each call; once it returns True, the model is left. Calls that
+            `tf.vectorized_map` traces come without values.
+
+    Raises:
+        ValueError: There is no batch, or its values are NaN or infinite.
+
+    Example:
+
+    >>> layers = [keras.layers.Dense(3, name="first"), keras.layers.Dense(2, name="second")]
+    >>> model = keras.Sequential([keras.Input((2,)), *layers], name="model")
+    >>> named = {layer.name: layer for layer in layers}
+    >>> tell = lambda name, call: print(name, call.outputs.shape)
+    >>> watch_calls(model, named, np.ones((1, 2)), tell)
+    first (1, 3)
+    second (1, 2)
+    """
+
+    def around(name, call, *args, **kwargs):
+        outputs = call(*args, **kwargs)
+        if told(name, LayerCall(args, kwargs, outputs)):
+            raise _Reached
+        return outputs
+
+    with contextlib.ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.callback(add_hook(layer, "call", functools.partial(around, name)))
+        with contextlib.suppress(_Reached):
+            _run(model, batch)
+
+
+def calibration_batches(calibration: Any) -> Iterator:
+    """`tfcompress.batches.input_batches`, but an endless dataset is refused.
+
+    Example:
+
+    >>> [len(batch) for batch in calibration_batches(np.ones((40, 3)))]
+    [32, 8]
+    """
+    endless = tf.data.INFINITE_CARDINALITY
+    if isinstance(calibration, tf.data.Dataset) and int(calibration.cardinality()) == endless:
+        raise ValueError(
+            "The calibration dataset repeats forever; pass dataset.take(n), some hundred examples."
+        )
+    return input_batches(calibration)
 
 
 def repeatable(calibration: Any) -> Any:
@@ -383,7 +450,7 @@ def _accumulate(model, kernels, calibration, statistic, last=None) -> dict[str, 
         if kernel.path == last:
             raise _Reached
 
-    batches = _batches(calibration)
+    batches = calibration_batches(calibration)
     first = next(batches, None)
     with _recording(kernels, record):
         for batch in itertools.chain([first], batches):
@@ -412,15 +479,6 @@ def _recording(kernels: Mapping[str, LinearKernel], record: Callable) -> Iterato
             hook = functools.partial(around, kernel)
             stack.callback(add_hook(kernel.layer, "call", hook))
         yield
-
-
-def _batches(calibration) -> Iterator:
-    endless = tf.data.INFINITE_CARDINALITY
-    if isinstance(calibration, tf.data.Dataset) and int(calibration.cardinality()) == endless:
-        raise ValueError(
-            "The calibration dataset repeats forever; pass dataset.take(n), some hundred examples."
-        )
-    return input_batches(calibration)
 
 
 def _run(model, batch) -> None:

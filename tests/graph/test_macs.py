@@ -2,7 +2,7 @@ import keras
 import numpy as np
 import pytest
 
-from tfcompress.measure import macs
+from tfcompress.graph.macs import macs, macs_by_weight
 
 L = keras.layers
 
@@ -97,3 +97,42 @@ def test_mobilenet_v2_needs_what_its_paper_says():
     # Sandler et al. 2018, table 4: 300 million.
     model = keras.applications.MobileNetV2(weights=None)
     assert macs(model, np.zeros((1, 224, 224, 3), "float32")) == 300_774_272
+
+
+def test_macs_by_weight_names_each_factor():
+    tokens = keras.Input((6,), dtype="int32")
+    x = L.Embedding(11, 8, name="embedding")(tokens)
+    x = L.MultiHeadAttention(num_heads=2, key_dim=4, name="attention")(x, x)
+    x = L.Bidirectional(L.GRU(3, return_sequences=True), name="both")(x)
+    x = L.SeparableConv1D(5, 3, name="separable")(x)
+    model = keras.Model(tokens, L.Dense(2, name="head")(L.Flatten()(x)), name="model")
+    found = macs_by_weight(model, np.zeros((3, 6), "int32"))
+    projection = 6 * 8 * 8
+    assert found == {
+        "attention/query/kernel": projection,
+        "attention/key/kernel": projection,
+        "attention/value/kernel": projection,
+        "attention/attention_output/kernel": projection,
+        None: 2 * (2 * 6 * 6 * 4),
+        "both/forward_gru/gru_cell/kernel": 6 * 8 * 9,
+        "both/forward_gru/gru_cell/recurrent_kernel": 6 * 3 * 9,
+        "both/backward_gru/gru_cell/kernel": 6 * 8 * 9,
+        "both/backward_gru/gru_cell/recurrent_kernel": 6 * 3 * 9,
+        "separable/depthwise_kernel": 4 * 3 * 6,
+        "separable/pointwise_kernel": 4 * 6 * 5,
+        "head/kernel": 20 * 2,
+    }
+
+
+def test_a_weight_that_is_used_twice_counts_for_both():
+    class Tied(L.Layer):
+        def __init__(self, other):
+            super().__init__()
+            self.other = other
+
+        def call(self, x):
+            return keras.ops.matmul(x, keras.ops.transpose(self.other.kernel))
+
+    first = L.Dense(4, use_bias=False, name="first")
+    model = keras.Sequential([keras.Input((3,)), first, Tied(first)], name="model")
+    assert macs_by_weight(model, np.zeros((1, 3))) == {"model/first/kernel": 24}

@@ -6,9 +6,7 @@ import pytest
 import tensorflow as tf
 
 from tests.models import mlp, nested, subclassed
-from tfcompress.keras_hooks.overlay import all_layers
-from tfcompress.keras_hooks.walk import select_kernels
-from tfcompress.pruning.inputs import (
+from tfcompress.graph.inputs import (
     NOT_REACHED,
     call_stages,
     input_norms,
@@ -16,6 +14,8 @@ from tfcompress.pruning.inputs import (
     repeatable,
     second_moments,
 )
+from tfcompress.keras_hooks.overlay import all_layers
+from tfcompress.keras_hooks.walk import select_kernels
 
 
 def one_layer(layer, shape):
@@ -97,7 +97,7 @@ def test_patches_in_parts_add_up(monkeypatch):
     images = uniform(10, 6, 6, 2)
     model = one_layer(layer, images.shape[1:])
     whole = captured(model, images, layer)
-    monkeypatch.setattr("tfcompress.pruning.inputs._MAX_PATCH_ELEMENTS", 3 * 6 * 6 * 2 * 9)
+    monkeypatch.setattr("tfcompress.graph.inputs._MAX_PATCH_ELEMENTS", 3 * 6 * 6 * 2 * 9)
     np.testing.assert_allclose(captured(model, images, layer), whole, rtol=1e-4, atol=1e-4)
 
 
