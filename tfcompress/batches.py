@@ -33,6 +33,23 @@ def input_batches(data: Any, batch_size: int = 32) -> Iterator[Any]:
         yield keras.tree.map_structure(_array, inputs)
 
 
+def num_batches(data: Any, batch_size: int = 32) -> int | None:
+    """How many batches `input_batches` makes of `data`, or None where only the end will tell.
+
+    Example:
+
+    >>> num_batches(np.zeros((5, 2)), batch_size=2), num_batches(iter([np.zeros(2)]))
+    (3, None)
+    """
+    if isinstance(data, tf.data.Dataset):
+        known = int(data.cardinality())
+        return known if known >= 0 else None
+    if isinstance(data, keras.utils.PyDataset) or _is_list_of_batches(data):
+        return len(data)
+    leaves = keras.tree.flatten(data[0] if isinstance(data, tuple) else data)
+    return -(-len(leaves[0]) // batch_size) if _are_arrays(leaves) else None
+
+
 def first_batch(data: Any) -> Any:
     """The first batch of a stream; all examples, where `data` is arrays.
 
@@ -52,11 +69,11 @@ def _structures(data, batch_size) -> Iterable:
         return data
     if isinstance(data, keras.utils.PyDataset):
         return (data[index] for index in range(len(data)))
-    if isinstance(data, list) and data and all(isinstance(batch, tuple) for batch in data):
+    if _is_list_of_batches(data):
         return data
     inputs = data[0] if isinstance(data, tuple) else data
     leaves = keras.tree.flatten(inputs)
-    if leaves and all(hasattr(leaf, "shape") and len(leaf.shape) for leaf in leaves):
+    if _are_arrays(leaves):
         return _slices(inputs, len(leaves[0]), batch_size)
     if callable(data):
         return data()
@@ -66,6 +83,14 @@ def _structures(data, batch_size) -> Iterable:
         f"Expected arrays, a tf.data.Dataset or an iterable of batches, got {data!r} of type "
         f"{type(data).__name__}."
     )
+
+
+def _is_list_of_batches(data):
+    return isinstance(data, list) and data and all(isinstance(batch, tuple) for batch in data)
+
+
+def _are_arrays(leaves):
+    return leaves and all(hasattr(leaf, "shape") and len(leaf.shape) for leaf in leaves)
 
 
 def _slices(inputs, size, batch_size):

@@ -8,7 +8,8 @@ from keras import layers
 
 from tfcompress.layers import strip
 from tfcompress.layers.quantize import Quantize
-from tfcompress.quantization import calibrate, quantize
+from tfcompress.ops.schemes import Scheme
+from tfcompress.quantization import Budget, calibrate, quantize
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(64, 8, 8, 3)).astype("float32")
@@ -122,6 +123,131 @@ def test_globs_leave_layers_float():
 
 def test_weights_only():
     assert wrapped(quantize(cnn(), activations=None)) == {"conv": [], "depthwise": [], "head": []}
+
+
+def schemes(model):
+    return {
+        weight.variable.path.split("/")[-2]: weight.scheme
+        for layer in model.layers
+        if isinstance(layer, Quantize)
+        for weight in layer.quantizer.weights
+    }
+
+
+def test_weights_may_have_schemes_by_glob():
+    quantized = quantize(cnn(), {"*conv*": "int4", "*head*": None, "*": "int8"}, None)
+    assert schemes(quantized) == {"conv": Scheme(4), "depthwise": Scheme(8)}
+    with pytest.raises(ValueError, match="'x' matches no variable"):
+        quantize(cnn(), {"x": "int4"})
+
+
+def test_a_part_of_a_layer_may_stay_float():
+    x = keras.Input((8, 8, 3))
+    model = keras.Model(x, layers.SeparableConv2D(4, 3, name="conv")(x))
+    quantized = quantize(model, exclude="*depthwise_kernel")
+    (weight,) = quantized.get_layer("quantize_conv").quantizer.weights
+    assert weight.variable.name == "pointwise_kernel"
+    with pytest.raises(ValueError, match="of one layer have several schemes"):
+        quantize(model, {"*depthwise_kernel": "int8", "*": "int4"})
+
+
+def test_dynamic_activations_are_rounded_before_layers_with_weights_only():
+    model = cnn()
+    quantized = quantize(model, activations="dynamic")
+    assert set(wrapped(quantized)) == {"conv", "depthwise", "head"}
+    assert quantized.get_layer("quantize_head").activations_scheme.dynamic
+    exact = quantize(model, "int8", None)
+    difference = quantized.predict(X, verbose=0) - exact.predict(X, verbose=0)
+    assert 0 < np.abs(difference).max() < 0.05
+
+
+def test_learned_scales_train_from_the_calibrated_ranges():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.Input((8, 8, 3)), layers.Flatten(), layers.Dense(16, "relu"), layers.Dense(2)]
+    )
+    y = model.predict(X, verbose=0)
+    quantized = quantize(model, "w3a8", calibration=X, scales="lsq", verbose=0)
+    assert quantized.get_layer("quantize_input_0").ranges["output"] == (X.min(), X.max())
+    quantized.compile(keras.optimizers.Adam(1e-3), "mse")
+    before = quantized.evaluate(X, y, verbose=0)
+    quantized.fit(X, y, epochs=10, verbose=0)
+    assert quantized.evaluate(X, y, verbose=0) < 0.5 * before
+
+
+def error(model, **arguments):
+    quantized = quantize(model, "int4", calibration=X, verbose=0, **arguments)
+    return np.square(quantized.predict(X, verbose=0) - model.predict(X, verbose=0)).mean()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"rounding": "gptq"},
+        {"rounding": "adaround"},
+        {"bias_correction": True},
+    ],
+)
+def test_each_correction_lowers_the_error_at_4_bits(arguments):
+    keras.utils.set_random_seed(1)
+    model = cnn()
+    for kernel in (model.get_layer("conv").kernel, model.get_layer("head").kernel):
+        kernel.assign(RNG.standard_t(3, size=kernel.shape) * 0.2)
+    assert error(model, **arguments) < error(model)
+
+
+def test_a_weight_calibrator_chooses_smaller_scales_where_there_are_outliers():
+    model = cnn()
+    kernel = model.get_layer("head").kernel
+    outlier = np.zeros(kernel.shape, "float32")
+    outlier[3, 0] = 4.0
+    kernel.assign_add(outlier)
+    quantized = quantize(model, "int4", None, weight_calibrator="mse")
+    (weight,) = quantized.get_layer("quantize_head").quantizer.weights
+    largest = np.abs(kernel).max(axis=0) / 7
+    assert weight.scale[0, 0] < 0.97 * largest[0]
+    np.testing.assert_allclose(weight.scale[0, 1], largest[1], rtol=0.3)
+
+
+def test_equalization_helps_one_scale_a_tensor():
+    keras.utils.set_random_seed(0)
+    x = keras.Input((8, 8, 3))
+    h = layers.Conv2D(8, 3, activation="relu", name="first")(x)
+    model = keras.Model(x, layers.Conv2D(4, 3, name="second")(h))
+    spread = np.float32(10.0) ** np.linspace(-1, 1, 8)
+    first, second = model.get_layer("first").kernel, model.get_layer("second").kernel
+    first.assign(first * spread)
+    second.assign(second / spread[:, None])
+
+    def error(**arguments):
+        scheme = Scheme(granularity="tensor")
+        quantized = quantize(model, scheme, calibration=X, verbose=0, **arguments)
+        return np.square(quantized.predict(X, verbose=0) - model.predict(X, verbose=0)).mean()
+
+    assert error(equalize=True) < 0.1 * error()
+
+
+def test_a_budget_chooses_the_schemes():
+    quantized = quantize(cnn(), "auto", calibration=X, budget=Budget(size=0.28), verbose=0)
+    chosen = schemes(quantized)
+    assert set(chosen) == {"conv", "depthwise", "head"}
+    assert {scheme.bits for scheme in chosen.values()} == {4, 8}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"rounding": "up"}, "rounding='up' is not known"),
+        ({"rounding": "gptq"}, "rounding='gptq' without calibration="),
+        ({"smooth": 0.5}, "smooth= without calibration="),
+        ({"weights": "auto", "calibration": X}, "needs a budget, got budget=None"),
+        ({"weights": Scheme(symmetric=False), "scales": "lsq"}, "needs symmetric weights"),
+        ({"calibrator": "best", "calibration": X}, "'best'"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, text):
+    with pytest.raises(ValueError, match=text):
+        quantize(cnn(), **arguments)
 
 
 def test_what_has_no_weights_yet_is_refused():

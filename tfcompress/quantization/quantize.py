@@ -1,23 +1,32 @@
 """A model into one whose layers compute as their integer versions will."""
 
+import dataclasses
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import keras
-import tensorflow as tf
 
-from tfcompress.batches import input_batches
 from tfcompress.graph.expand import expand
+from tfcompress.graph.inputs import repeatable
 from tfcompress.graph.placement import place
-from tfcompress.graph.rebuild import replay
+from tfcompress.graph.rebuild import copied, replay
 from tfcompress.keras_hooks import nodes, walk
-from tfcompress.keras_hooks.quantizer import calibrating, weight_axes
-from tfcompress.layers.quantize import Quantize
-from tfcompress.ops import ranges
+from tfcompress.keras_hooks.quantizer import weight_axes
+from tfcompress.layers.quantize import Quantize, check_scales
 from tfcompress.ops.schemes import Scheme, scheme_pair
+from tfcompress.quantization import calibrators
+from tfcompress.quantization.assignment import Budget
+from tfcompress.quantization.bias import correct_biases
+from tfcompress.quantization.calibrate import calibrate
+from tfcompress.quantization.equalization import equalize as equalize_model
+from tfcompress.quantization.mixed import auto
+from tfcompress.quantization.rounding import round_weights
+from tfcompress.quantization.smooth import smooth as smooth_model
 
 logger = logging.getLogger("tfcompress")
 
+ROUNDINGS = ("nearest", "adaround", "gptq")
 # Ops that only move values: what comes out is on the grid of what went in.
 _MOVING_OPS = (
     "Reshape", "Transpose", "Squeeze", "ExpandDims", "GetItem", "Identity", "Flip", "Split",
@@ -27,116 +36,222 @@ _MOVING_OPS = (
 
 def quantize(
     model: keras.Model,
-    weights: str | Scheme | None = "int8",
+    weights: str | dict | Scheme | None = "int8",
     activations: str | Scheme | None = "int8",
     calibration: Any = None,
+    *,
+    scales: str = "max",
+    percentile: float = 100.0,
+    calibrator: Any = "minmax",
+    weight_calibrator: Any = None,
+    equalize: bool = False,
+    smooth: float | None = None,
+    rounding: str = "nearest",
+    bias_correction: bool = False,
+    budget: Budget | None = None,
+    candidates: tuple = ("int8", "int4"),
     include=None,
     exclude=None,
+    verbose: int = 1,
 ) -> keras.Model:
     """Put `layers.Quantize` around every layer that computes, and calibrate the ranges.
 
     The result is a flat Functional model with copies of the weights. With `calibration`, its ranges
-    hold all that these batches produce, and it is ready for `tfcompress.export`; without, or to
-    recover accuracy, train it: training observes the ranges. `tfcompress.strip` takes the wrappers
-    off again, with the weights on their grids.
+    are set from what these batches produce, and it is ready for `tfcompress.export`; without, or
+    to recover accuracy, train it: training observes the ranges. `tfcompress.strip` takes the
+    wrappers off again, with the weights on their grids.
+
+    After training, more than rounding to the nearest can be done: from coarse to fine,
+    `equalize` or `smooth` the float model, choose ranges by a better `calibrator`, `rounding` by
+    what a layer computes, and `bias_correction`.
 
     Args:
         model: A built model that `tfcompress.expand` takes.
-        weights: `"int8"`, `"int2"` to `"int8"`, a symmetric `Scheme`, or None to leave them float.
-        activations: The same, asymmetric per tensor; None to leave them float.
+        weights: `"int8"`, `"int2"` to `"int8"`, a `Scheme`, or None to leave them float; `"w4a8"`
+            says the activations too; a dict of glob over `variable.path` -> any of these; or
+            `"auto"`: a scheme for each layer out of `candidates`, within `budget`.
+        activations: `"int8"`, `"int2"` to `"int8"`, `"dynamic"`, a `Scheme`, or None to leave them
+            float.
         calibration: Inputs as the model gets them: arrays, a `tf.data.Dataset`, a generator. They
-            are streamed once.
+            are streamed; a generator is kept in memory only where several passes are needed.
+        scales: `"max"`, `"fixed"` or `"lsq"`; see `tfcompress.layers.Quantize`. `"lsq"` is for
+            training the result.
+        percentile: See `tfcompress.layers.Quantize`, for training.
+        calibrator: How the calibrated ranges of activations are chosen: `"minmax"`,
+            `"moving_average"`, `"percentile"`, `"mse"`, `"entropy"`, or an object of
+            `tfcompress.quantization.calibrators`.
+        weight_calibrator: The same for the scales of weights; None for their extremes.
+        equalize: Whether to equalize the ranges of channels across layers of a convolutional
+            network first; see `tfcompress.quantization.equalize`. Folds batch norms. For weights
+            with one scale a tensor, or of few bits; 8 bits a channel are better without.
+        smooth: Exponent, in [0, 1], of SmoothQuant, which moves outliers of activations into
+            weights behind layer normalizations first (0.5 is usual); None not to.
+        rounding: `"nearest"`, `"adaround"` or `"gptq"` (the latter two on calibration data).
+        bias_correction: Whether to correct biases by the mean error of their layers' outputs.
+        budget: What `"auto"` must keep to, e.g. `tfcompress.quantization.Budget(size=0.2)`.
+        candidates: Schemes of weights that `"auto"` chooses from.
         include: Glob or globs over `variable.path` of `model`; None for every kernel and embedding.
         exclude: Glob or globs to leave out. A layer all of whose weights are left out stays float.
+        verbose: Whether what takes long shows its progress.
 
     Returns:
         A new model, not compiled.
 
     Raises:
-        ValueError: A scheme is not one of the above, a glob matches nothing, or the model cannot be
-            expanded.
+        ValueError: An argument is not one of the above, needs `calibration` and there is none, a
+            glob matches nothing, or the model cannot be expanded.
 
     Example:
 
     >>> import keras, numpy as np
     >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
-    >>> quantized = quantize(model, calibration=np.eye(4))
+    >>> quantized = quantize(model, calibration=np.eye(4), verbose=0)
     >>> [layer.name for layer in quantized.layers]
     ['input_layer...', 'quantize_input_0', 'quantize_head']
     >>> quantized.layers[1].ranges
     {'output': (0.0, 1.0)}
 
-    Reference: Jacob et al. 2018, https://arxiv.org/abs/1712.05877.
+    Reference: Jacob et al. 2018, https://arxiv.org/abs/1712.05877; Nagel et al. 2021,
+    https://arxiv.org/abs/2106.08295, for the order of the steps.
     """
+    steps = {
+        "smooth=": smooth is not None,
+        f"rounding={rounding!r}": rounding != "nearest",
+        "bias_correction=True": bias_correction,
+        'weights="auto"': isinstance(weights, str) and weights == "auto",
+    }
+    _check_rounding(rounding)
+    _check_data(calibration, [name for name, wanted in steps.items() if wanted])
+    if any(steps.values()):
+        calibration = repeatable(calibration)
+    if steps['weights="auto"']:
+        _check_budget(budget)
+        weights = auto(
+            model,
+            calibration,
+            budget,
+            candidates,
+            activations,
+            include=include,
+            exclude=exclude,
+            progress=bool(verbose),
+        )
     weights, activations = scheme_pair(weights, activations)
-    schemes = {"weights": weights, "activations": activations}
-    left_float = _left_float(model, include, exclude)
+    rounds = rounding != "nearest" or weight_calibrator is not None
+    scales = "fixed" if rounds and scales == "max" else scales
+    for scheme in weights.values() if isinstance(weights, dict) else (weights,):
+        check_scales(scales, scheme)
+
     flat = expand(model)
-    wrapped = replay(_copy(flat), _Wrapping(flat, schemes, left_float))
+    chosen = _choose(model, flat, weights, include, exclude)
+    reference = _prepared(flat, equalize, smooth, calibration, verbose)
+    settings = {"scales": scales, "percentile": percentile}
+    quantized = replay(copied(reference), _Wrapping(reference, chosen, activations, settings))
+    if weight_calibrator is not None:
+        _set_weight_scales(quantized, weight_calibrator)
     if calibration is not None:
-        calibrate(wrapped, calibration)
-    return wrapped
+        calibrate(quantized, calibration, calibrator, verbose)
+    if rounding != "nearest":
+        round_weights(quantized, reference, calibration, rounding, progress=bool(verbose))
+    if bias_correction:
+        correct_biases(quantized, reference, calibration, verbose)
+    return quantized
 
 
-def calibrate(model: keras.Model, data: Any) -> None:
-    """Widen the ranges of a quantized model to what it computes on `data`, in one pass.
+@dataclasses.dataclass(frozen=True)
+class _Chosen:
+    """What becomes of one layer's weights.
 
     Args:
-        model: From `quantize`, or with `layers.Quantize` in it.
-        data: Inputs as the model gets them: arrays, a `tf.data.Dataset`, a generator.
-
-    Raises:
-        ValueError: `data` holds no batch.
+        scheme: How they are quantized; None to leave all of them float.
+        left_out: Names of those that stay float.
+        stays_float: Whether the layer was excluded as a whole, activations included.
     """
-    step = tf.function(lambda inputs: model(inputs, training=False), reduce_retracing=True)
-    num_batches = 0
-    with calibrating(_widen):
-        for batch in input_batches(data):
-            step(keras.tree.map_structure(tf.convert_to_tensor, batch))
-            num_batches += 1
-    if not num_batches:
-        raise ValueError("The calibration data holds no batch; pass some hundred inputs.")
-    logger.info("Calibrated %s on %d batches", model.name, num_batches)
+
+    scheme: Scheme | None
+    left_out: tuple[str, ...] = ()
+    stays_float: bool = False
 
 
-def _widen(source, x):
-    source.variable.assign(ranges.widened_range(source.bounds(), ranges.extremes(x)))
-
-
-def _left_float(model, include, exclude) -> set[int]:
-    """The ids of the kernels of `model` that the globs leave out."""
+def _choose(model, flat, weights, include, exclude) -> dict[str, _Chosen]:
+    """By the name of the layer in `flat`, which holds the variables of `model`."""
     include, exclude = walk.as_globs(include), walk.as_globs(exclude)
     named = walk.named_variables(model)
-    walk.check_globs([*(include or ()), *(exclude or ())], named)
-    return {
-        id(variable)
-        for path, variable in named.items()
-        if (include is not None and not walk.matches(path, include))
-        or (exclude and walk.matches(path, exclude))
+    by_glob = weights if isinstance(weights, dict) else {"*": weights}
+    of_weights = weights if isinstance(weights, dict) else ()
+    walk.check_globs([*(include or ()), *(exclude or ()), *of_weights], named)
+    paths = {id(variable): path for path, variable in named.items()}
+    return {layer.name: _of_layer(layer, paths, by_glob, include, exclude) for layer in flat.layers}
+
+
+def _of_layer(layer, paths, by_glob: Mapping, include, exclude) -> _Chosen:
+    found = {variable.name: paths.get(id(variable), "") for variable, _ in weight_axes(layer)}
+    wanted = {
+        name: walk.first_match(path, by_glob)
+        for name, path in found.items()
+        if (include is None or walk.matches(path, include))
+        and not (exclude and walk.matches(path, exclude))
     }
+    schemes = {scheme for scheme in wanted.values() if scheme is not None}
+    if len(schemes) > 1:
+        raise ValueError(
+            f"The weights {list(found.values())} of one layer have several schemes: {schemes}. "
+            "Pass one for all of them; exclude= leaves single ones float."
+        )
+    left_out = tuple(name for name in found if wanted.get(name) is None)
+    return _Chosen(next(iter(schemes), None), left_out, bool(found) and not wanted)
 
 
-def _copy(flat: keras.Model) -> keras.Model:
-    copy = keras.models.clone_model(flat)
-    copy.set_weights(flat.get_weights())
-    return copy
+def _prepared(flat, equalize, smooth, calibration, verbose) -> keras.Model:
+    """The float model that is quantized."""
+    if equalize:
+        flat = equalize_model(flat)
+    if smooth is not None:
+        flat = smooth_model(flat, calibration, smooth, verbose)
+    return flat
+
+
+def _set_weight_scales(quantized, calibrator):
+    for wrapper in quantized.layers:
+        for weight in wrapper.quantizer.weights if isinstance(wrapper, Quantize) else ():
+            weight.set_scale(
+                calibrators.weight_scale(
+                    weight.variable.value, weight.scheme, weight.axes, calibrator
+                )
+            )
+
+
+def _check_rounding(rounding):
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding={rounding!r} is not known; pass one of {ROUNDINGS}.")
+
+
+def _check_budget(budget):
+    if not isinstance(budget, Budget):
+        raise ValueError(
+            f'weights="auto" needs a budget, got budget={budget!r}. Pass e.g. '
+            "tfcompress.quantization.Budget(size=0.2), a fifth of the float32 bytes."
+        )
+
+
+def _check_data(calibration, needed_by):
+    if needed_by and calibration is None:
+        raise ValueError(
+            f"quantize got {' and '.join(needed_by)} without calibration=, on which it is "
+            "computed. Pass some hundred inputs: arrays, a tf.data.Dataset or a generator."
+        )
 
 
 class _Wrapping:
     """Calls the operations of a flat graph, with wrappers around what its plan names."""
 
-    def __init__(self, flat, schemes, left_float):
+    def __init__(self, flat, chosen: Mapping[str, _Chosen], activations, settings):
         plan = place(flat)
-        self.schemes = schemes
+        self.chosen, self.activations, self.settings = chosen, activations, settings
         self.outputs = {p.layer.name: p.output for p in plan.placements}
         self.inputs = dict(zip((x.name for x in flat.inputs), plan.inputs, strict=True))
-        self.left_float = {
-            layer.name
-            for layer in flat.layers
-            if (found := weight_axes(layer)) and all(id(v) in left_float for v, _ in found)
-        }
+        self.observed = activations is not None and not activations.dynamic
         self.wrappers: dict[str, Quantize] = {}
-        self.num_inputs = 0
 
     def __call__(self, call: nodes.Call, args, kwargs):
         args, kwargs = keras.tree.map_structure(self._input, (args, kwargs))
@@ -144,22 +259,30 @@ class _Wrapping:
         if isinstance(operation, keras.layers.Layer):
             return self._layer(operation)(*args, **kwargs)
         outputs = operation(*args, **kwargs)
-        if type(operation).__name__ in _MOVING_OPS or self.schemes["activations"] is None:
+        if type(operation).__name__ in _MOVING_OPS or not self.observed:
             return outputs
         return keras.tree.map_structure(lambda x: self._rounded(x, operation.name), outputs)
 
     def _layer(self, layer):
-        output = self.outputs.get(layer.name, False) and self.schemes["activations"] is not None
-        weights = weight_axes(layer) if self.schemes["weights"] is not None else []
-        if layer.name in self.left_float or not (output or weights):
+        # Passes over the graph add layers, which have no weights of the model.
+        chosen = self.chosen.get(layer.name, _Chosen(None))
+        output = self.observed and self.outputs.get(layer.name, False)
+        weights = chosen.scheme if weight_axes(layer) else None
+        dynamic = self.activations if weights and not self.observed else None
+        if chosen.stays_float or not (output or weights):
             return layer
         if layer.name not in self.wrappers:
-            activations = self.schemes["activations"] if output else None
-            self.wrappers[layer.name] = Quantize(layer, self.schemes["weights"], activations)
+            self.wrappers[layer.name] = Quantize(
+                layer,
+                weights,
+                self.activations if output else dynamic,
+                exclude=[f"*{name}" for name in chosen.left_out] if weights else None,
+                **self.settings,
+            )
         return self.wrappers[layer.name]
 
     def _input(self, x):
-        if not isinstance(x, keras.KerasTensor) or self.schemes["activations"] is None:
+        if not isinstance(x, keras.KerasTensor) or not self.observed:
             return x
         if not isinstance(nodes.producer(x).operation, keras.layers.InputLayer):
             return x
@@ -172,5 +295,5 @@ class _Wrapping:
             return x
         if name not in self.wrappers:
             identity = keras.layers.Identity(name=name, dtype=x.dtype)
-            self.wrappers[name] = Quantize(identity, None, self.schemes["activations"])
+            self.wrappers[name] = Quantize(identity, None, self.activations, **self.settings)
         return self.wrappers[name](x)
