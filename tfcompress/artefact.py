@@ -115,7 +115,7 @@ def litert_flatbuffer(path: str | os.PathLike) -> Flatbuffer:
     Format: https://ai.google.dev/edge/litert (schema.fbs).
     """
     content = _litert_content(pathlib.Path(path))
-    schema = _litert_schema()
+    schema = litert_schema()
     model = schema.Model.GetRootAs(content, 0)
     graphs = [model.Subgraphs(i) for i in range(model.SubgraphsLength())]
     tensors = [_graph_tensors(schema, model, graph) for graph in graphs]
@@ -151,7 +151,8 @@ def _first_module(*names: str) -> types.ModuleType:
     return require(names[-1], extra="litert")
 
 
-def _litert_schema() -> types.ModuleType:
+def litert_schema() -> types.ModuleType:
+    """The classes generated from the schema of LiteRT files."""
     return _first_module(
         "ai_edge_litert.schema_py_generated", "tensorflow.lite.python.schema_py_generated"
     )
@@ -287,7 +288,7 @@ class LiteRTRunner:
             self._interpreter.set_tensor(self.inputs[name]["index"], array)
         self._interpreter.invoke()
         outputs = {name: self._read(details) for name, details in self.outputs.items()}
-        return _restructure(outputs)
+        return restructure(outputs)
 
     def _by_signature(self, kind: str, details: list[dict]) -> dict[str, dict]:
         """Details by the names of the signature; by tensor name for a file that has none."""
@@ -295,7 +296,7 @@ class LiteRTRunner:
             return {d["name"]: d for d in details}
         runner = self._interpreter.get_signature_runner()
         named = runner.get_input_details() if kind == "inputs" else runner.get_output_details()
-        return {name: named[name] for name in sorted(named, key=_natural)}
+        return {name: named[name] for name in sorted(named, key=natural_order)}
 
     def _by_subgraph_order(self) -> dict[str, dict]:
         # A signature lists its inputs by alphabet, the subgraph in the order of the Keras model.
@@ -353,12 +354,12 @@ def _store(value, details: dict) -> np.ndarray:
     return np.ascontiguousarray(array, dtype=details["dtype"])
 
 
-def _natural(name: str) -> list:
+def natural_order(name: str) -> list:
     """Sort key that puts `output_10` behind `output_9`."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
-def _restructure(outputs: dict[str, np.ndarray]):
+def restructure(outputs: dict[str, np.ndarray]):
     """A model with a dict of outputs gives a dict; positional names give an array or a list."""
     positional = all(re.fullmatch(r"output_\d+", name) for name in outputs)
     if len(outputs) == 1:
@@ -423,6 +424,26 @@ def _format_of(path: pathlib.Path) -> Format:
 
 
 @dataclasses.dataclass(frozen=True)
+class Candidate:
+    """What was found of one of the files that `precision="fastest"` chooses from.
+
+    Args:
+        precision: What it was exported as.
+        bytes: Its size; None where it could not be made.
+        latency_ms: Median time of a call on one example (or one batch of the fixed size), measured
+            on this machine, interleaved with the other candidates.
+        difference: To the model: the share of changed argmax, or the relative root mean square.
+        note: Why it could not be made.
+    """
+
+    precision: str
+    bytes: int | None = None
+    latency_ms: float | None = None
+    difference: float | None = None
+    note: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Artefact:
     """An exported file with what its verification found; call it to run it.
 
@@ -433,7 +454,10 @@ class Artefact:
         max_abs_diff: Largest difference to the Keras model on the verification batch, in the
             units of the output; None when not verified.
         output_steps: The same in quantization steps of the output; None for a float output.
-        float_operators: Operators that were left in float in a full-int8 file.
+        float_operators: Operators that were left in float in a full-integer file, each with the
+            reason.
+        latency_ms: Median time of a call on one example; None when not measured.
+        candidates: What `precision="fastest"` has chosen from.
 
     Example:
 
@@ -456,6 +480,8 @@ class Artefact:
     max_abs_diff: float | None = None
     output_steps: float | None = None
     float_operators: tuple[str, ...] = ()
+    latency_ms: float | None = None
+    candidates: tuple[Candidate, ...] = ()
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Artefact":

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from keras import layers
 
+from tests.export import networks
 from tfcompress.artefact import litert_flatbuffer
 from tfcompress.callbacks import Pruning, QuantizationAwareTraining
 from tfcompress.export import ExportError, export, litert, process, register_exporter, verify
@@ -91,6 +92,39 @@ def sequence():
     )
 
 
+def conv1d():
+    return chain(
+        layers.Conv1D(8, 3, activation="relu"),
+        layers.Conv1D(8, 3, strides=2),
+        layers.BatchNormalization(),
+        layers.ReLU(),
+        layers.Flatten(),
+        layers.Dense(4),
+        shape=(12, 3),
+    )
+
+
+def transposed():
+    return chain(
+        layers.Conv2DTranspose(4, 3, strides=2, activation="relu"),
+        layers.Flatten(),
+        layers.Dense(4),
+        shape=(5, 5, 3),
+    )
+
+
+def separable():
+    return chain(
+        layers.SeparableConv2D(8, 3, activation="relu"),
+        layers.SeparableConv2D(4, 3),
+        layers.BatchNormalization(),
+        layers.ReLU(),
+        layers.Flatten(),
+        layers.Dense(4),
+        shape=(8, 8, 3),
+    )
+
+
 def trained(model, *callbacks, seed=0):
     x = np.random.default_rng(seed).normal(size=(500, *model.input_shape[1:])).astype("float32")
     y = np.random.default_rng(seed).normal(size=(500, *model.output_shape[1:]))
@@ -116,6 +150,8 @@ def output_step(path):
         (cnn, 1, 0.98),
         (depthwise, 1, 0.98),
         (averages, 1, 0.98),
+        (conv1d, 1, 0.98),
+        (transposed, 1, 0.95),
         (residual, 1, 0.98),
         (branches, 1, 0.98),
         # LiteRT does two things here that the simulation does not. It computes silu as LOGISTIC and
@@ -131,9 +167,28 @@ def test_int8_is_within_steps_of_the_simulation_on_500_inputs(make, most, same, 
     artefact = export(model, tmp_path / "m.tflite", verify_on=x[:10])
     assert artefact.precision == "int8"
     assert artefact.float_operators == ()
+    check_bar(artefact, model, x.shape, most, same)
+
+
+@pytest.mark.filterwarnings("ignore:These operators")
+def test_separable_convolutions_are_within_a_step_too(tmp_path):
+    model, x = trained(separable(), QuantizationAwareTraining())
+    artefact = export(model, tmp_path / "m.tflite", verify_on=x[:10])
+    check_bar(artefact, model, x.shape, 1, 0.98)
+
+
+@pytest.mark.parametrize("make", [mlp, cnn, depthwise, residual, conv1d, transposed])
+def test_4_bit_weights_are_as_near_to_their_simulation(make, tmp_path):
+    model, x = trained(make(), QuantizationAwareTraining(weights="w4a8"))
+    artefact = export(model, tmp_path / "m.tflite", "int8", verify_on=x[:10])
+    assert artefact.float_operators == ()
+    check_bar(artefact, model, x.shape, 1, 0.9)
+
+
+def check_bar(artefact, model, shape, most, same):
     types = {t.dtype for op in litert_flatbuffer(artefact.path).operators for t in op.outputs[:1]}
     assert types <= {"int8", "float32", "int32"}
-    held_out = np.random.default_rng(7).normal(size=x.shape).astype("float32")
+    held_out = np.random.default_rng(7).normal(size=shape).astype("float32")
     simulated = simulate(model, held_out)
     steps = np.abs(artefact(held_out) - simulated) / output_step(artefact.path)
     assert steps.max() < most + 0.01
@@ -141,6 +196,34 @@ def test_int8_is_within_steps_of_the_simulation_on_500_inputs(make, most, same, 
     best = np.sort(simulated, axis=-1)
     clear = best[:, -1] - best[:, -2] > 2 * output_step(artefact.path)
     np.testing.assert_array_equal(artefact(held_out)[clear].argmax(-1), simulated[clear].argmax(-1))
+
+
+@pytest.mark.filterwarnings("ignore:These operators")
+@pytest.mark.parametrize("make", [networks.attention, networks.embedding])
+def test_attention_and_embeddings_are_within_two_steps(make, tmp_path):
+    model, x, held_out = networks.trained_to_int8(make)
+    artefact = export(model, tmp_path / "m.tflite", "int8", verify_on=x[:50])
+    simulated, found = simulate(model, held_out), artefact(held_out)
+    step = output_step(artefact.path)
+    assert np.mean(np.abs(found - simulated) < 2.01 * step) > 0.99
+    best = np.sort(simulated, axis=-1)
+    clear = best[:, -1] - best[:, -2] > 2 * step
+    assert clear.mean() > 0.3
+    assert np.mean(found[clear].argmax(-1) == simulated[clear].argmax(-1)) >= 0.99
+
+
+@pytest.mark.filterwarnings("ignore:These operators")
+def test_dense_layers_over_sequences_are_integer(tmp_path):
+    model, x, _ = networks.trained_to_int8(networks.attention)
+    artefact = export(model, tmp_path / "m.tflite", "int8", verify_on=x[:50])
+    products = [
+        op for op in litert_flatbuffer(artefact.path).operators if op.name == "FULLY_CONNECTED"
+    ]
+    assert len(products) == 7
+    # The output projection of the attention reads a product of activations, which has no range.
+    integer = [op for op in products if op.inputs[0].dtype == "int8"]
+    assert len(integer) >= 6
+    assert all(len(op.inputs) == 3 for op in integer)  # With their bias.
 
 
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid", "tanh"])
@@ -360,8 +443,165 @@ def test_a_path_that_cannot_be_written_fails_before_the_conversion(tmp_path, mon
             export(mlp(), path, verify_on=np.zeros((1, 8)))
 
 
+@pytest.mark.parametrize("trained_on", ["float", "4 bits", "4 bits, weights only"])
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_int4_stores_weights_in_4_bits(trained_on, calibrated, tmp_path):
+    callbacks = {
+        "float": [],
+        "4 bits": [QuantizationAwareTraining("w4a8")],
+        "4 bits, weights only": [QuantizationAwareTraining("w4")],
+    }[trained_on]
+    model, x = trained(
+        chain(layers.Conv2D(64, 3, activation="relu"), layers.Flatten(), layers.Dense(40),
+              shape=(6, 6, 3)),
+        *callbacks,
+    )  # fmt: skip
+    calibration = x if calibrated else None
+    artefact = export(model, tmp_path / "m.tflite", "int4", calibration, verify_on=x)
+    integer = calibrated or trained_on == "4 bits"
+    file = litert_flatbuffer(artefact.path)
+    kernels = {op.name: op.inputs[1] for op in file.operators if len(op.inputs) > 2}
+    stored = {name: kernels[name] for name in ("CONV_2D", "FULLY_CONNECTED")}
+    assert {tensor.dtype for tensor in stored.values()} == {"int4"}
+    assert ("QUANTIZE" in {op.name for op in file.operators}) == integer
+    expected = simulate(model, x) if callbacks else model.predict(x, verbose=0)
+    rms = np.sqrt(np.mean((artefact(x) - expected) ** 2) / np.mean(expected**2))
+    # Rounding a trained model to 4 bits costs what it costs; a grid that it knows costs nothing.
+    assert rms < (0.25 if trained_on == "float" else 0.03)
+    as_int8 = export(model, tmp_path / "8.tflite", "dynamic", verify_on=x)
+    assert artefact.bytes < 0.65 * as_int8.bytes or callbacks
+
+
+def test_int8_keeps_convolutions_in_8_bits(tmp_path):
+    model, x = trained(cnn(), QuantizationAwareTraining("w4a8"))
+    artefact = export(model, tmp_path / "m.tflite", verify_on=x)
+    kernels = [t for t in artefact.tensors() if t.dtype in ("int8", "int4")]
+    assert {(len(t.shape), t.dtype) for t in kernels} == {(4, "int8"), (2, "int4")}
+    assert all(len(np.unique(np.abs(t.values))) <= 8 for t in kernels)
+
+
+def test_attention_is_dynamic_unless_asked(tmp_path, caplog):
+    x = keras.Input((6, 8))
+    model = keras.Model(x, layers.Dense(4)(layers.Attention()([x, x])))
+    batch = RNG.normal(size=(64, 6, 8)).astype("float32")
+    with caplog.at_level("INFO", "tfcompress"):
+        artefact = export(model, tmp_path / "m.tflite", calibration=batch)
+    assert artefact.precision == "dynamic"
+    assert 'exported at precision="dynamic"' in caplog.text
+    assert export(model, tmp_path / "m.tflite", "int8", batch).precision == "int8"
+
+
+def test_integer_inputs_and_outputs(tmp_path):
+    model, x = trained(cnn(), QuantizationAwareTraining())
+    real = export(model, tmp_path / "f.tflite", verify_on=x)
+    artefact = export(model, tmp_path / "i.tflite", verify_on=x, io="integer")
+    file = litert_flatbuffer(artefact.path)
+    assert {t.dtype for t in (*file.inputs, *file.outputs)} == {"int8"}
+    np.testing.assert_array_equal(artefact(x), real(x))
+    assert artefact.output_steps == real.output_steps
+    scale, zero_point = file.inputs[0].scale[0], file.inputs[0].zero_point[0]
+    stored = np.clip(np.round(x / scale) + zero_point, -128, 127).astype("int8")
+    np.testing.assert_array_equal(artefact(stored), real(x))
+
+
+def test_a_fixed_batch_size(tmp_path):
+    model, x = trained(cnn())
+    artefact = export(model, tmp_path / "m.tflite", calibration=x, batch_size=4)
+    file = litert_flatbuffer(artefact.path)
+    assert file.inputs[0].shape == (4, 10, 10, 3)
+    assert {op.name for op in file.operators}.isdisjoint({"SHAPE", "PACK", "STRIDED_SLICE"})
+    assert artefact(x[:4]).shape == (4, 4)
+    with pytest.raises(ValueError, match=r"has the shape \[4, 10, 10, 3\]"):
+        artefact(x[:3])
+
+
+def test_fastest_measures_and_chooses(tmp_path):
+    model, x = trained(cnn())
+    artefact = export(model, tmp_path / "m.tflite", "fastest", x, x, tolerance=0.2)
+    found = {candidate.precision: candidate for candidate in artefact.candidates}
+    assert set(found) == {"float32", "dynamic", "int8"}
+    assert all(c.latency_ms > 0 and c.bytes > 0 and c.note is None for c in found.values())
+    assert found["float32"].difference < 0.01
+    near = [c for c in found.values() if c.difference <= 0.2]
+    best = min(near, key=lambda candidate: candidate.latency_ms)
+    assert (artefact.precision, artefact.latency_ms) == (best.precision, best.latency_ms)
+    assert artefact.bytes == best.bytes
+    assert os.listdir(tmp_path) == ["m.tflite"]
+
+
+def test_fastest_drops_what_is_too_far_off(tmp_path):
+    model, x = trained(chain(layers.Dense(64), layers.Dense(1), shape=(64,)))
+    artefact = export(model, tmp_path / "m.tflite", "fastest", x, tolerance=1e-5)
+    assert artefact.precision == "float32"
+    assert {c.difference > 1e-5 for c in artefact.candidates if c.precision != "float32"} == {True}
+
+
+def test_what_is_always_zero_has_no_range_and_stays_float(tmp_path):
+    dead = layers.Dense(8, "relu", kernel_initializer="zeros", trainable=False, name="dead")
+    model, x = trained(chain(dead, layers.Dense(4), shape=(8,)), QuantizationAwareTraining())
+    with pytest.warns(UserWarning, match="FULLY_CONNECTED .*has a range"):
+        artefact = export(model, tmp_path / "m.tflite", verify_on=x)
+    np.testing.assert_allclose(artefact(x), simulate(model, x), atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:These operators")
+@pytest.mark.parametrize("layer", [layers.LSTM, layers.GRU])
+def test_recurrent_layers_are_unrolled_for_int8(layer, tmp_path):
+    model, x = trained(chain(layer(4), layers.Dense(3), shape=(5, 3)))
+    artefact = export(model, tmp_path / "m.tflite", calibration=x)
+    assert artefact.precision == "int8"
+    expected = model.predict(x, verbose=0)
+    assert np.abs(artefact(x) - expected).max() < 0.1 * np.abs(expected).max()
+    assert not model.layers[0].unroll
+    for precision in ("float32", "dynamic"):
+        assert export(model, tmp_path / "m.tflite", precision, verify_on=x).precision == precision
+
+
+@pytest.mark.parametrize("steps", [5, None])
+def test_recurrent_layers_stay_loops_where_they_can(steps, tmp_path):
+    model = chain(layers.LSTM(4), layers.Dense(3), shape=(steps, 3))
+    x = RNG.normal(size=(8, 5, 3)).astype("float32")
+    artefact = export(model, tmp_path / "m.tflite", "float32", verify_on=x, batch_size=2)
+    assert "WHILE" in {op.name for op in litert_flatbuffer(artefact.path).operators}
+    np.testing.assert_allclose(artefact(x[:2]), model.predict(x[:2], verbose=0), atol=1e-5)
+
+
+def test_sequences_of_any_length_are_refused_at_int8(tmp_path, monkeypatch):
+    monkeypatch.setattr(litert, "convert", lambda request: pytest.fail("converted"))
+    model = chain(layers.LSTM(4), shape=(None, 3))
+    with pytest.raises(ExportError, match='any length(.|\n)*precision="dynamic"'):
+        export(model, tmp_path / "m.tflite", calibration=np.zeros((4, 5, 3)))
+    assert not model.layers[0].unroll
+
+
+def test_the_error_function_has_a_remedy(tmp_path):
+    x = keras.Input((4,))
+    with pytest.raises(ExportError, match="only as part of an exact GELU"):
+        export(keras.Model(x, keras.ops.erf(x)), tmp_path / "m.tflite", verify_on=np.ones((2, 4)))
+    model = chain(layers.Dense(4, activation="gelu"), shape=(4,))
+    assert export(model, tmp_path / "m.tflite", verify_on=np.ones((2, 4))).max_abs_diff < 1e-4
+
+
+def test_float_operators_come_with_the_reason(tmp_path):
+    x = keras.Input((8,))
+    h = layers.Dense(8, name="first")(x)
+    model = keras.Model(x, layers.Dense(4, name="second")(keras.ops.sin(h)))
+    batch = RNG.normal(size=(64, 8)).astype("float32")
+    with pytest.warns(UserWarning, match="SIN .*LiteRT has no integer kernel for SIN"):
+        artefact = export(model, tmp_path / "m.tflite", calibration=batch)
+    assert [text.split(" ")[0] for text in artefact.float_operators] == ["SIN"]
+    model, x = trained(mlp(), QuantizationAwareTraining(exclude="*hidden/kernel"))
+    with pytest.warns(UserWarning, match="the layer 'hidden' was left out of the quantization"):
+        export(model, tmp_path / "m.tflite", verify_on=x)
+
+
 def trained_at_4_bits():
-    model, _ = trained(mlp(), QuantizationAwareTraining(weights="int4"))
+    model, _ = trained(mlp(), QuantizationAwareTraining(activations="int4"))
+    return model
+
+
+def trained_at_8_bits():
+    model, _ = trained(mlp(), QuantizationAwareTraining())
     return model
 
 
@@ -376,7 +616,16 @@ def trained_at_4_bits():
         (mlp, {"verify_on": [np.zeros((2, 8))] * 2}, "has 1 inputs .* holds 2 arrays"),
         (lambda: keras.Sequential([layers.Dense(2)]), {}, "has no weights yet"),
         (lambda: "model", {}, "needs a keras.Model, got 'model'"),
-        (trained_at_4_bits, {}, r"was trained with Scheme\(bits=4.*holds 8 bits"),
+        (trained_at_4_bits, {}, r"were trained with Scheme\(bits=4.*kernels for 8 bits"),
+        (trained_at_8_bits, {"precision": "int4"}, "trained on weights of 8 bits, and rounding"),
+        (mlp, {"io": "uint8"}, "io='uint8' is not known"),
+        (mlp, {"io": "integer"}, 'io="integer" needs activations in integers'),
+        (mlp, {"batch_size": 0}, "batch_size=0; pass 1 or more"),
+        (mlp, {"tolerance": 0.1}, "export got tolerance"),
+        (mlp, {"speed": 1}, "export got speed, .* takes batch_size, io"),
+        (mlp, {"precision": "fastest"}, "Pass verify_on="),
+        (mlp, {"precision": "fastest", "tolerance": 2}, "tolerance=2; pass a share"),
+        (mlp, {"precision": "fastest", "path": "m.onnx"}, "chooses between LiteRT files"),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused(make, arguments, text, tmp_path):

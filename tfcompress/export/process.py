@@ -11,6 +11,7 @@ import threading
 
 from tfcompress.export.verify import ExportError
 
+_TITLES = {"litert": "LiteRT", "onnx": "ONNX", "openvino": "OpenVINO"}
 _WORKER = pathlib.Path(__file__).with_name("worker.py")
 
 
@@ -44,10 +45,12 @@ class ConversionProcess:
             path = pathlib.Path(directory, "request.json")
             path.write_text(json.dumps(request))
             self._log.truncate(0)
-            answer = self._ask(f"{path}\n")
+            converter = request.get("converter", "litert")
+            answer = self._ask(f"{path}\n", converter)
         if answer["error"]:
             raise ExportError(
-                f"The LiteRT converter could not convert the model. It says: {answer['error']}"
+                f"The {_TITLES[converter]} converter could not convert the model. It says: "
+                f"{answer['error']}"
             )
 
     def close(self) -> None:
@@ -77,7 +80,7 @@ class ConversionProcess:
             env={"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
         )
 
-    def _ask(self, line: str) -> dict:
+    def _ask(self, line: str, converter: str) -> dict:
         try:
             self._process.stdin.write(line)
             self._process.stdin.flush()
@@ -86,16 +89,21 @@ class ConversionProcess:
             answer = ""
         if answer:
             return json.loads(answer)
-        raise ExportError(self._epitaph())
+        raise ExportError(self._epitaph(converter))
 
-    def _epitaph(self) -> str:
+    def _epitaph(self, converter: str) -> str:
         code = self._process.wait()
         self._log.seek(0)
         tail = self._log.read()[-500:].strip()
+        remedy = ""
+        if converter == "litert":
+            remedy = (
+                "Rolled LSTM and GRU layers do this at full int8: build them with unroll=True, or "
+                'export with precision="dynamic". '
+            )
         return (
-            f"The LiteRT converter crashed (exit code {code}) on this model. Rolled LSTM and GRU "
-            "layers do this at full int8: build them with unroll=True, or export with "
-            f'precision="dynamic". The last lines of its log: {tail}'
+            f"The {_TITLES[converter]} converter crashed (exit code {code}) on this model. {remedy}"
+            f"The last lines of its log: {tail}"
         )
 
 

@@ -3,19 +3,26 @@
 import contextlib
 import functools
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from tfcompress.export.verify import OutputScale, graph_output_scale
 from tfcompress.graph.expand import expand
 from tfcompress.keras_hooks import nodes
 from tfcompress.keras_hooks.hook import add_hook
-from tfcompress.keras_hooks.overlay import all_layers, attached
-from tfcompress.keras_hooks.quantizer import LayerQuantizer, recall_inputs
+from tfcompress.keras_hooks.overlay import all_layers, attached, raw_value
+from tfcompress.keras_hooks.quantizer import (
+    LayerQuantizer,
+    calibrating,
+    recall_inputs,
+    weight_axes,
+)
 from tfcompress.layers.base import CompressionWrapper
+from tfcompress.ops.ranges import extremes, widened_range
 
 
 class Program:
@@ -25,6 +32,7 @@ class Program:
         model: A built model.
         quantizers: Empty to take the model as it is.
         example: A batch, for a subclassed model that does not know what it is called on.
+        batch_size: Of every input; None for any.
 
     Raises:
         ValueError: What the model is called on is not known.
@@ -35,9 +43,11 @@ class Program:
         model: keras.Model,
         quantizers: tuple[LayerQuantizer, ...] = (),
         example: Any = None,
+        batch_size: int | None = None,
     ):
         self.model = model
         self.quantizers = quantizers
+        self._batch_size = batch_size
         self._structure = _symbolic_inputs(model, example)
         self.inputs = [
             tf.TensorSpec(self._shape(tensor), tensor.dtype, name=name)
@@ -49,14 +59,41 @@ class Program:
         run = self._trace([q.overlay() for q in self.quantizers])
         return lambda batch: {k: v.numpy() for k, v in run(**_tensors(batch)).items()}
 
+    def calibrate(self, batches: Iterable) -> None:
+        """Widen the ranges of the quantizers to what the model computes on `batches`."""
+        with calibrating(_widen):
+            run = self._trace([q.overlay() for q in self.quantizers])
+        for batch in batches:
+            run(**_tensors(self.named(batch)))
+
+    def output_scales(self) -> dict[str, OutputScale]:
+        """How finely each output is rounded, by name."""
+        run, _ = self._in_converter_words()
+        return {name: graph_output_scale(x) for name, x in run.structured_outputs.items()}
+
+    def _in_converter_words(self) -> tuple[Callable, list[tf.Variable]]:
+        baked: list[tf.Variable] = []
+        return self._trace([q.converter_overlay(baked.append) for q in self.quantizers]), baked
+
     def save(self, directory: pathlib.Path) -> None:
         """Write a SavedModel of the model with its quantizers in the converter's words."""
         module = tf.Module()
-        module.baked = []
-        keep = module.baked.append
-        run = self._trace([q.converter_overlay(keep) for q in self.quantizers])
+        run, module.baked = self._in_converter_words()
+        # A signature lists its inputs by alphabet.
+        module.input_names = tf.Variable([spec.name for spec in self.inputs], trainable=False)
         module.kept = [variable.value for variable in self.model.variables]
         tf.saved_model.save(module, str(directory), signatures={"serving_default": run})
+
+    def weights(self) -> list[tuple[np.ndarray, tuple[int, ...]]]:
+        """The weights as the file is to have them, each with the axes that share a scale."""
+        quantized = {
+            id(weight.variable): (weight.quantize(raw_value(weight.variable)), weight.axes)
+            for quantizer in self.quantizers
+            for weight in quantizer.weights
+        }
+        plain = {id(variable): (variable, axes) for variable, axes in weight_axes(self.model)}
+        chosen = (plain | quantized).values()
+        return [(keras.ops.convert_to_numpy(value), axes) for value, axes in chosen]
 
     def named(self, batch: Any) -> dict[str, np.ndarray]:
         """A batch in the structure of the model's input, by the names of the inputs."""
@@ -97,7 +134,7 @@ class Program:
     def _shape(self, tensor):
         # A Sequential without an Input takes its batch size from the first batch it saw.
         stateful = any(getattr(layer, "stateful", False) for layer in all_layers(self.model))
-        return tensor.shape if stateful else (None, *tensor.shape[1:])
+        return tensor.shape if stateful else (self._batch_size, *tensor.shape[1:])
 
     def _fitting(self, spec, leaf) -> np.ndarray:
         array = np.asarray(leaf, spec.dtype.as_numpy_dtype)
@@ -170,6 +207,10 @@ def _named(tensors) -> dict[str, keras.KerasTensor]:
             name += "_"
         named[name] = tensor
     return named
+
+
+def _widen(source, x):
+    source.variable.assign(widened_range(source.bounds(), extremes(x)))
 
 
 def _named_outputs(outputs) -> dict[str, tf.Tensor]:

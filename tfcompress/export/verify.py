@@ -1,17 +1,23 @@
 """Whether a file computes what the model computes."""
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
+import tensorflow as tf
 
-from tfcompress.artefact import Flatbuffer, Tensor
+from tfcompress.artefact import Flatbuffer, Operator, Tensor
 
 # What an error at its input becomes at the output of a function, at most.
 _LIPSCHITZ = {"SOFTMAX": 0.5, "LOGISTIC": 0.25, "TANH": 1.0}
 # Largest difference over the largest output.
 _MAX_ERROR = {"float32": 1e-4, "float16": 1e-2}
 # Root mean square of the difference over that of the output: rounding is far below, garbage above.
-_RMS_ERROR = {"dynamic": 0.25, "int8": 0.5}
+_RMS_ERROR = {"dynamic": 0.25, "int8": 0.5, "int4": 0.5}
+# What TensorFlow 2.21's converter leaves in float in a model of which it knows every range.
+_NO_INTEGER_KERNEL = frozenset(
+    ("COS", "CUMSUM", "ELU", "FLOOR", "NEG", "POW", "ROUND", "SIN", "SQUARE")
+)
 
 
 class ExportError(ValueError):
@@ -25,23 +31,24 @@ class OutputScale:
     Args:
         step: Its quantization step; None for a float output.
         slack: By how much it moves when the input of its last function moves by two steps.
+        steps: How many steps are allowed.
     """
 
     step: float | None
     slack: float = 0.0
+    steps: float = 2.0
 
     @property
     def tolerance(self) -> float:
-        """Two steps here (and an ulp), or two steps before the last function."""
-        return 2.01 * self.step + self.slack
+        """That many steps here (and an ulp), or before the last function."""
+        return (self.steps + 0.01) * self.step + self.slack * self.steps / 2
 
 
 def output_scale(file: Flatbuffer, name: str) -> OutputScale:
     """Read the step of the output tensor `name` from a file."""
-    maker = _maker(file, name)
-    if maker is None or maker.name != "DEQUANTIZE":
+    quantized = _quantized(file, name)
+    if quantized is None:
         return OutputScale(None)
-    quantized = maker.inputs[0]
     function = _maker(file, quantized.name)
     slack = 0.0
     if function is not None and function.name in _LIPSCHITZ:
@@ -49,18 +56,73 @@ def output_scale(file: Flatbuffer, name: str) -> OutputScale:
     return OutputScale(_step(quantized), slack)
 
 
-def float_operators(file: Flatbuffer) -> tuple[str, ...]:
-    """The operators that compute in float, as `"GELU (model/activation/Gelu)"`.
+def graph_output_scale(tensor) -> OutputScale:
+    """How finely a TensorFlow graph rounds the tensor `tensor` with its last fake quantization."""
+    quantizer = _past_moves(tensor.op)
+    if quantizer.type != "FakeQuantWithMinMaxVars":
+        return OutputScale(None)
+    function = _past_moves(quantizer.inputs[0].op)
+    lipschitz = {"Softmax": 0.5, "Sigmoid": 0.25, "Tanh": 1.0}.get(function.type)
+    before = None if lipschitz is None else _past_moves(function.inputs[0].op)
+    slack = 0.0
+    if before is not None and before.type == quantizer.type:
+        slack = 2 * lipschitz * _graph_step(before)
+    return OutputScale(_graph_step(quantizer), slack)
+
+
+def _past_moves(operation):
+    while operation.type in ("Identity", "Reshape", "Transpose", "Squeeze", "ExpandDims"):
+        operation = operation.inputs[0].op
+    return operation
+
+
+def _graph_step(quantizer) -> float:
+    low, high = (float(tf.get_static_value(tensor)) for tensor in quantizer.inputs[1:])
+    return (high - low) / (2 ** quantizer.get_attr("num_bits") - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reasons:
+    """Why an operator of an integer file computes in float.
+
+    Args:
+        calibrated: Whether the converter was shown every range.
+        left_out: Names of the layers that were left out of the quantization.
+        model: Name of the model.
+    """
+
+    calibrated: bool
+    left_out: frozenset[str] = frozenset()
+    model: str = ""
+
+    def __call__(self, operator: Operator) -> str:
+        """The reason, as a clause."""
+        if self.calibrated or operator.name in _NO_INTEGER_KERNEL:
+            return f"LiteRT has no integer kernel for {operator.name}"
+        scopes = _path(operator).split("/")
+        counter = scopes[0].removeprefix(self.model)  # TensorFlow numbers them alike.
+        layer = next((name for name in self.left_out if name + counter in scopes), None)
+        if layer is not None:
+            return f"the layer {layer!r} was left out of the quantization"
+        return "not all that it reads and writes has a range; calibration= gives it one"
+
+
+def float_operators(file: Flatbuffer, reason: Callable[[Operator], str]) -> tuple[str, ...]:
+    """The operators that compute in float, as `"SIN (model/sin/Sin): LiteRT has no ..."`.
 
     What converts at the border of the file does not count.
     """
     return tuple(
-        # A fused operator lists everything that went into it.
-        f"{operator.name} ({operator.outputs[0].name.split(';')[0]})"
+        f"{operator.name} ({_path(operator)}): {reason(operator)}"
         for operator in file.operators
         if operator.name not in ("QUANTIZE", "DEQUANTIZE")
         and any("float" in tensor.dtype for tensor in (*operator.inputs, *operator.outputs))
     )
+
+
+def _path(operator: Operator) -> str:
+    # A fused operator lists everything that went into it.
+    return operator.outputs[0].name.split(";")[0]
 
 
 def check_output(
@@ -120,6 +182,15 @@ def _message(name, precision, reason):
         f"The exported file does not compute what the model computes, and was removed: for output "
         f"{name!r} at precision={precision!r}, {reason}. {remedy}"
     )
+
+
+def _quantized(file: Flatbuffer, name: str) -> Tensor | None:
+    """The integers behind an output: itself, or what is dequantized at the border."""
+    maker = _maker(file, name)
+    if maker is not None and maker.name == "DEQUANTIZE":
+        return maker.inputs[0]
+    output = next((tensor for tensor in file.outputs if tensor.name == name), None)
+    return output if output is not None and output.scale.size else None
 
 
 def _maker(file: Flatbuffer, name: str):
