@@ -18,7 +18,17 @@ PACKAGE = pathlib.Path(tfcompress.__file__).parent
 
 # A module may import from its own group and from the groups above it in this list.
 DIRECTION = [
-    {"schedules", "checks", "ops", "artefact", "batches", "optional", "shorthands", "values"},
+    {
+        "schedules",
+        "checks",
+        "ops",
+        "artefact",
+        "batches",
+        "optional",
+        "shorthands",
+        "timing",
+        "values",
+    },
     {"keras_hooks"},
     {"graph"},
     {"layers", "callbacks"},
@@ -177,7 +187,7 @@ def private_attributes(path: pathlib.Path) -> list[str]:
     """`other._name` where `_name` is not something that this package defines."""
     tree = ast.parse(path.read_text())
     text = "\n".join(source.read_text() for source in sources())
-    own = set(re.findall(r"(?:def|class) (_\w+)|self\.(_\w+) *(?::[^=]+)?=[^=]", text))
+    own = set(re.findall(r"(?:def|class) (_\w+)|self\.(_\w+) *(?::[^=\n]+)?=[^=]", text))
     own = {name for pair in own for name in pair} | {"_replace", "_asdict", "_fields"}
     return [
         f"{path.name}:{node.lineno} {ast.unparse(node)}"
