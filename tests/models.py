@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+from keras import layers
 
 
 def classification(num_examples=96, num_features=12, num_classes=3, seed=0):
@@ -76,3 +77,42 @@ def compile_classifier(model, optimizer="sgd", **kwargs):
 def kernels(model):
     """Path -> array, for every weight with 2 or more axes."""
     return {w.path: w.numpy() for w in model.trainable_variables if len(w.shape) > 1}
+
+
+class SelfAttention(layers.MultiHeadAttention):
+    def __init__(self):
+        super().__init__(num_heads=2, key_dim=3)
+
+    def build(self, shape):
+        super().build(shape, shape)
+
+    def call(self, x):
+        return super().call(x, x)
+
+    def compute_output_spec(self, x):
+        return super().compute_output_spec(x, x)
+
+
+_SEQUENCE = (2, 6, 4)
+_IMAGE = (2, 6, 6, 4)
+# Kind -> how to make one, and the shape of a batch that it takes.
+LAYER_KINDS = {
+    "Dense": (lambda: layers.Dense(3, activation="tanh"), (2, 4)),
+    "EinsumDense": (lambda: layers.EinsumDense("abc,cd->abd", (6, 3)), _SEQUENCE),
+    "Conv1D": (lambda: layers.Conv1D(3, 2), _SEQUENCE),
+    "Conv2D": (lambda: layers.Conv2D(3, 2), _IMAGE),
+    "Conv3D": (lambda: layers.Conv3D(3, 2), (2, 3, 3, 3, 2)),
+    "Conv2DTranspose": (lambda: layers.Conv2DTranspose(3, 2), _IMAGE),
+    "DepthwiseConv2D": (lambda: layers.DepthwiseConv2D(2), _IMAGE),
+    "SeparableConv2D": (lambda: layers.SeparableConv2D(3, 2), _IMAGE),
+    "Embedding": (lambda: layers.Embedding(5, 3), (2, 4)),
+    "MultiHeadAttention": (lambda: SelfAttention(), _SEQUENCE),
+    "LSTM": (lambda: layers.LSTM(3), _SEQUENCE),
+    "GRU": (lambda: layers.GRU(3), _SEQUENCE),
+    "SimpleRNN": (lambda: layers.SimpleRNN(3), _SEQUENCE),
+    "Bidirectional": (lambda: layers.Bidirectional(layers.LSTM(3)), _SEQUENCE),
+    "ConvLSTM2D": (lambda: layers.ConvLSTM2D(2, 2), (2, 3, 4, 4, 2)),
+    "TimeDistributed": (lambda: layers.TimeDistributed(layers.Dense(3)), _SEQUENCE),
+    "Sequential": (lambda: keras.Sequential([layers.Dense(3), layers.Dense(2)]), (2, 4)),
+    "BatchNormalization": (lambda: layers.BatchNormalization(), (8, 4)),
+}

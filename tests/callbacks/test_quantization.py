@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
+from tests.models import LAYER_KINDS
 from tfcompress.callbacks import Pruning, QuantizationAwareTraining
 from tfcompress.ops import fake_quant as fq
 from tfcompress.ops.schemes import Scheme, activation_scheme
@@ -97,6 +98,26 @@ def test_xla_eager_and_several_steps_a_call_equal_graph(arguments):
         results.append([*model.get_weights(), *qat.ranges.values()])
     for graph, other in zip(*results, strict=True):
         np.testing.assert_allclose(graph, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LAYER_KINDS if kind != "BatchNormalization"])
+def test_every_kind_of_layer_trains_as_it_will_compute(kind):
+    make, shape = LAYER_KINDS[kind]
+    keras.utils.set_random_seed(0)
+    layer = make()
+    model = keras.Sequential([keras.Input(shape[1:]), layer, layers.Flatten(), layers.Dense(1)])
+    x = RNG.integers(0, 5, (16, *shape[1:])).astype("float32")
+    kernels = [variable for variable in layer.trainable_variables if variable.ndim > 1]
+    kernels = [variable for variable in kernels if "bias" not in variable.name]
+    before = [np.asarray(kernel) for kernel in kernels]
+    qat = QuantizationAwareTraining("int4")
+    loss = fit(model, [qat], x, np.ones((16, 1)), optimizer=keras.optimizers.Adam(0.01), epochs=20)
+    assert loss[-1] < loss[0]
+    assert len(qat.applied) == len(kernels) + 1
+    for kernel, first in zip(kernels, before, strict=True):
+        assert np.abs(np.asarray(kernel) - first).max() > 1e-4
+    assert all(high > low for low, high in qat.ranges.values())
+    assert hidden_traces(model) == []
 
 
 def functional():

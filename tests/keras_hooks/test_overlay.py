@@ -7,42 +7,9 @@ import tensorflow as tf
 from keras import layers
 from keras.src.backend.common import global_state
 
+from tests.models import LAYER_KINDS
 from tfcompress.keras_hooks import overlay as overlays
 from tfcompress.keras_hooks.overlay import Overlay, attach
-
-SEQUENCE = (2, 6, 4)
-IMAGE = (2, 6, 6, 4)
-KINDS = {
-    "Dense": (lambda: layers.Dense(3, activation="tanh"), (2, 4)),
-    "EinsumDense": (lambda: layers.EinsumDense("abc,cd->abd", (None, 3)), SEQUENCE),
-    "Conv1D": (lambda: layers.Conv1D(3, 2), SEQUENCE),
-    "Conv2D": (lambda: layers.Conv2D(3, 2), IMAGE),
-    "Conv3D": (lambda: layers.Conv3D(3, 2), (2, 3, 3, 3, 2)),
-    "Conv2DTranspose": (lambda: layers.Conv2DTranspose(3, 2), IMAGE),
-    "DepthwiseConv2D": (lambda: layers.DepthwiseConv2D(2), IMAGE),
-    "SeparableConv2D": (lambda: layers.SeparableConv2D(3, 2), IMAGE),
-    "Embedding": (lambda: layers.Embedding(5, 3), (2, 4)),
-    "MultiHeadAttention": (lambda: SelfAttention(), SEQUENCE),
-    "LSTM": (lambda: layers.LSTM(3), SEQUENCE),
-    "GRU": (lambda: layers.GRU(3), SEQUENCE),
-    "SimpleRNN": (lambda: layers.SimpleRNN(3), SEQUENCE),
-    "Bidirectional": (lambda: layers.Bidirectional(layers.LSTM(3)), SEQUENCE),
-    "ConvLSTM2D": (lambda: layers.ConvLSTM2D(2, 2), (2, 3, 4, 4, 2)),
-    "TimeDistributed": (lambda: layers.TimeDistributed(layers.Dense(3)), SEQUENCE),
-    "Sequential": (lambda: keras.Sequential([layers.Dense(3), layers.Dense(2)]), (2, 4)),
-    "BatchNormalization": (lambda: layers.BatchNormalization(), (8, 4)),
-}
-
-
-class SelfAttention(layers.MultiHeadAttention):
-    def __init__(self):
-        super().__init__(num_heads=2, key_dim=3)
-
-    def build(self, shape):
-        super().build(shape, shape)
-
-    def call(self, x):
-        return super().call(x, x)
 
 
 def triple(w):
@@ -50,7 +17,7 @@ def triple(w):
 
 
 def built(kind):
-    make, shape = KINDS[kind]
+    make, shape = LAYER_KINDS[kind]
     layer = make()
     layer.build(shape)
     x = np.random.default_rng(0).integers(0, 5, shape).astype("float32") / 4
@@ -68,7 +35,7 @@ def run(layer, x, jit=False):
     return step()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LAYER_KINDS)
 def test_outputs_and_gradients_equal_those_of_a_layer_with_the_replaced_weights(kind):
     layer, x = built(kind)
     by_hand, _ = built(kind)
