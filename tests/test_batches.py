@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tfcompress.batches import first_batch, input_batches, limited
+from tfcompress.batches import calibration_batches, first_batch, input_batches, limited
 
 X = np.arange(10, dtype=np.float64).reshape(5, 2)
 Y = np.zeros(5)
@@ -63,3 +63,40 @@ def test_limited_reads_no_further_than_it_must():
 def test_other_things_are_refused():
     with pytest.raises(ValueError, match="Expected arrays, a tf.data.Dataset or an iterable"):
         list(input_batches(3))
+
+
+def one_input():
+    return keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+
+
+def two_inputs():
+    inputs = {"a": keras.Input((2,), name="a"), "b": keras.Input((1,), name="b")}
+    return keras.Model(inputs, keras.layers.Concatenate()(list(inputs.values())))
+
+
+@pytest.mark.parametrize("source", ["array", "dataset", "list of batches"])
+def test_calibration_data_that_fits_the_model_is_passed_on(source):
+    batches = list(calibration_batches(one_input(), SOURCES[source]))
+    np.testing.assert_array_equal(np.concatenate(batches), X)
+
+
+def test_calibration_data_fits_by_name_and_up_to_a_last_axis_of_1():
+    assert list(calibration_batches(two_inputs(), {"a": X, "b": X[:, 0], "more": Y}))
+    assert list(calibration_batches(two_inputs(), [X, X[:, 0]]))
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        (one_input, [X, X], r"batches of \[\(5, 2\), \(5, 2\)\], and .* takes \(None, 2\)"),
+        (one_input, X[:, :1], r"batches of \(5, 1\), and .* takes \(None, 2\)"),
+        (one_input, tf.data.Dataset.from_tensor_slices(X), r"batches of \(2,\), and"),
+        (one_input, X.tolist(), "with the axis of the batch"),
+        (one_input, "abc", r"batches of \(\), and"),
+        (two_inputs, {"a": X}, r"batches of {'a': \(5, 2\)}, and .*'b': \(None, 1\)"),
+        (one_input, tf.data.Dataset.from_tensors(X).repeat(), "repeats forever"),
+    ],
+)
+def test_calibration_data_that_does_not_fit_is_refused(model, data, message):
+    with pytest.raises(ValueError, match=message):
+        list(calibration_batches(model(), data))

@@ -33,6 +33,72 @@ def input_batches(data: Any, batch_size: int = 32) -> Iterator[Any]:
         yield keras.tree.map_structure(_array, inputs)
 
 
+def calibration_batches(model: keras.Model, data: Any) -> Iterator[Any]:
+    """`input_batches`, where the first that does not fit the model, and endless data, are refused.
+
+    Args:
+        model: What they are for. Of a subclassed one it is not known what fits.
+        data: See `input_batches`.
+
+    Yields:
+        See `input_batches`.
+
+    Raises:
+        ValueError: A batch has other arrays, names or shapes than the inputs of the model, or the
+            dataset repeats forever.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    >>> [len(batch) for batch in calibration_batches(model, np.ones((40, 3)))]
+    [32, 8]
+    """
+    endless = tf.data.INFINITE_CARDINALITY
+    if isinstance(data, tf.data.Dataset) and int(data.cardinality()) == endless:
+        raise ValueError(
+            "The calibration dataset repeats forever; pass dataset.take(n), some hundred examples."
+        )
+    wanted = _wanted(model)
+    for batch in input_batches(data):
+        if wanted is not None and not _fits(batch, wanted):
+            raise ValueError(
+                f"The calibration data gives batches of {_described(batch)}, and {model.name!r} "
+                f"takes {_described(wanted)}. Pass inputs as the model gets them, with the "
+                "axis of the batch. A list is one array for each input: pass several batches as a "
+                "generator, a tf.data.Dataset or a list of tuples (inputs,)."
+            )
+        yield batch
+
+
+def _wanted(model):
+    """The symbolic inputs of a model, as it gets them; None where it does not know."""
+    if isinstance(model, keras.Sequential):
+        return model.inputs[0] if model.inputs else None
+    return model.input if getattr(model, "inputs", None) else None
+
+
+def _fits(batch, wanted) -> bool:
+    leaves, inputs = keras.tree.flatten(batch), keras.tree.flatten(wanted)
+    if isinstance(batch, dict):  # Keras takes dicts by name, whatever else is in them.
+        return set(wanted if isinstance(wanted, dict) else [x.name for x in inputs]) <= set(batch)
+    return len(leaves) == len(inputs) and all(map(_has_shape, leaves, inputs))
+
+
+def _has_shape(leaf, wanted) -> bool:
+    shape = np.shape(leaf)
+    if not shape:
+        return False
+    if len(shape) != len(wanted.shape):  # Keras adds and takes off a last axis of 1.
+        longer = max(shape, wanted.shape, key=len)
+        return abs(len(shape) - len(wanted.shape)) == 1 and longer[-1] == 1
+    return all(want in (None, have) for have, want in zip(shape[1:], wanted.shape[1:], strict=True))
+
+
+def _described(structure) -> str:
+    shapes = keras.tree.map_structure(lambda x: str(tuple(np.shape(x))), structure)
+    return str(shapes).replace("'(", "(").replace(")'", ")")
+
+
 def num_batches(data: Any, batch_size: int = 32) -> int | None:
     """How many batches `input_batches` makes of `data`, or None where only the end will tell.
 

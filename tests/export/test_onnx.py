@@ -17,7 +17,7 @@ from tfcompress.export import ExportError, export, qdq
 from tfcompress.export import onnx as exporter
 from tfcompress.export.verify import OutputScale, check_output
 
-INTEGER = {networks.separable: {"Conv"}, networks.transposed: {"ConvTranspose"}}
+INTEGER = {networks.transposed: {"ConvTranspose"}}
 
 
 def quietly(*args, **options):
@@ -212,3 +212,10 @@ def test_more_steps_can_be_allowed():
     check_output("y", [3.9, 0.0], [0.0, 0.0], "int8", OutputScale(1.0, steps=4.0))
     with pytest.raises(ExportError, match="50.0% .* up to 3.9 steps"):
         check_output("y", [3.9, 0.0], [0.0, 0.0], "int8", OutputScale(1.0))
+
+
+def test_a_quantized_gru_which_ends_the_process_is_refused(tmp_path):
+    model = keras.Sequential([keras.Input((6, 4)), keras.layers.GRU(8, name="gru")])
+    with pytest.raises(ExportError, match=r"aborts on an int8 file with GRU layers \(gru\)"):
+        export(model, tmp_path / "m.onnx", "int8", calibration=np.ones((8, 6, 4), "float32"))
+    assert list(tmp_path.iterdir()) == []

@@ -14,6 +14,15 @@ def test_hooks_nest_the_last_one_outermost():
     assert counter.count(3) == (3 + 10) * 2
 
 
+def test_a_hook_may_nest_in_the_others():
+    counter = Counter()
+    add_hook(counter, "count", lambda proceed, by=1: proceed(by) + 10)
+    remove = add_hook(counter, "count", lambda proceed, by=1: proceed(by) * 2, innermost=True)
+    assert counter.count(3) == 3 * 2 + 10
+    remove()
+    assert counter.count(3) == 3 + 10
+
+
 def test_hooks_are_removed_in_any_order_and_leave_nothing():
     counter = Counter()
     first = add_hook(counter, "count", lambda proceed, by=1: proceed(by) + 10)

@@ -240,3 +240,68 @@ def test_an_operation_of_an_expanded_graph_leads_to_its_layer():
     expected = [*inner.layers, model.layers[-1]]
     assert all(a is b for a, b in zip(found, expected, strict=True))
     assert original(keras.Operation()) is None
+
+
+SEPARABLE = {
+    "2D": (lambda: layers.SeparableConv2D(3, 2, activation="relu"), (2, 5, 5, 4)),
+    "2D, strides": (
+        lambda: layers.SeparableConv2D(3, 3, 2, "same", depth_multiplier=2, use_bias=False),
+        (2, 6, 6, 4),
+    ),
+    "2D, dilated": (lambda: layers.SeparableConv2D(3, 2, dilation_rate=2), (2, 6, 6, 4)),
+    "1D": (lambda: layers.SeparableConv1D(3, 2, activation="tanh"), (2, 5, 4)),
+    "1D, strides": (lambda: layers.SeparableConv1D(3, 3, 2, "same"), (2, 6, 4)),
+}
+
+
+@pytest.mark.parametrize("kind", SEPARABLE)
+def test_a_separable_convolution_in_halves_is_what_keras_computes_at_once(kind):
+    """Relied on: `SeparableConv.call` is depthwise, pointwise, bias, activation."""
+    make, shape = SEPARABLE[kind]
+    layer = make()
+    layer.build(shape)
+    for variable in layer.trainable_variables:  # The bias is zeros at first.
+        variable.assign(np.random.default_rng(1).normal(size=variable.shape))
+    x = tf.constant(np.random.default_rng(0).normal(size=shape).astype("float32"))
+    seen = []
+    expected, expected_gradients = run(layer, x)
+    remove = attach(layer, Overlay(middle=lambda h: seen.append(h.shape) or h))
+    y, gradients = run(layer, x)
+    assert seen and seen[0][-1] == layer.pointwise_kernel.shape[-2]
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+    remove()
+    assert "call" not in vars(layer)
+
+
+def test_the_middle_lies_inside_of_everything_else():
+    layer = layers.SeparableConv1D(1, 1, activation="relu", name="separable")
+    layer.build((None, 1, 1))
+    layer.set_weights([np.full((1, 1, 1), 2.0), np.full((1, 1, 1), 3.0), np.full(1, 5.0)])
+    x = tf.ones((1, 1, 1))
+    attach(layer, Overlay(output=lambda y: y + 100.0))
+    middle = Overlay(
+        weights=[(layer.depthwise_kernel, triple)],
+        middle=lambda h: h + 1.0,
+        preactivation=tf.negative,
+    )
+    remove = attach(layer, middle)
+    assert float(layer(x)[0, 0, 0]) == max(-((6.0 + 1.0) * 3.0 + 5.0), 0.0) + 100.0
+    remove()
+    assert float(layer(x)[0, 0, 0]) == 11.0 + 100.0
+    called = overlays.call_through(layer, Overlay(middle=lambda h: h + 1.0), layer, x)
+    assert float(called[0, 0, 0]) == (2.0 + 1.0) * 3.0 + 5.0 + 100.0
+    assert float(layer(x)[0, 0, 0]) == 11.0 + 100.0
+
+
+def test_a_subclass_with_a_call_of_its_own_has_no_middle():
+    class Mine(layers.SeparableConv2D):
+        def call(self, inputs):
+            return super().call(inputs) + 1.0
+
+    class Renamed(layers.SeparableConv2D):
+        pass
+
+    assert not overlays.has_middle(Mine(3, 2))
+    assert overlays.has_middle(Renamed(3, 2))

@@ -216,5 +216,9 @@ def test_bad_input_is_refused():
         Quantize(layers.Dense(2), percentile=101)
     with pytest.raises(ValueError, match="weights='int1' is not"):
         Quantize(layers.Dense(2), weights="int1")
+    with pytest.raises(ValueError, match="a dict of globs is for tfcompress.quantize"):
+        Quantize(layers.Dense(2), weights={"*kernel": "int8"})
+    with pytest.raises(ValueError, match="percentile='99' must be in"):
+        Quantize(layers.Dense(2), percentile="99")
     with pytest.raises(ValueError, match="wraps a Keras layer"):
         Quantize("dense")

@@ -11,7 +11,7 @@ from tests.models import classification, compile_classifier, kernels, mlp, neste
 from tfcompress import zoo
 from tfcompress.pruning import Sensitivity
 
-QUIET = {"progress": False}
+QUIET = {"verbose": 0}
 
 
 def trained(**kwargs):
@@ -266,11 +266,11 @@ def test_which_direction_is_better(metric, mode, answer):
 
 
 def test_a_progress_bar_is_shown_unless_it_is_not_wanted(capsys):
-    for progress in (True, False):
+    for verbose in (1, 0):
         tfc.sensitivity(
-            mlp(), None, metric=lambda model, data: 1.0, progress=progress, sparsities=(0.5,)
+            mlp(), None, metric=lambda model, data: 1.0, verbose=verbose, sparsities=(0.5,)
         )
-        assert ("Sensitivity" in capsys.readouterr().out) is progress
+        assert ("Sensitivity" in capsys.readouterr().out) is bool(verbose)
 
 
 @pytest.mark.parametrize(

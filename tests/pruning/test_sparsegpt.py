@@ -198,7 +198,7 @@ def test_models_of_any_kind(make, sparsity):
     before = kernels(model)
     biases = {w.path: w.numpy() for w in model.weights if w.path not in before}
     masks = sparsegpt(
-        model, dict.fromkeys(before, sparsity), np.ones((80, 12)) * matrix(80, 12), progress=False
+        model, dict.fromkeys(before, sparsity), np.ones((80, 12)) * matrix(80, 12), verbose=0
     )
     assert list(masks) == list(before)
     for path, weight in kernels(model).items():
@@ -217,8 +217,8 @@ def test_each_layer_sees_what_the_pruned_ones_before_it_compute():
     data = data_for(mlp())
     both, one = mlp(), mlp()
     one.set_weights(both.get_weights())
-    sparsegpt(both, dict.fromkeys(kernels(both), 0.6), data, progress=False)
-    sparsegpt(one, {"mlp/hidden/kernel": 0.6}, data, progress=False)
+    sparsegpt(both, dict.fromkeys(kernels(both), 0.6), data, verbose=0)
+    sparsegpt(one, {"mlp/hidden/kernel": 0.6}, data, verbose=0)
     hidden = one.get_layer("hidden")(data).numpy()
     weight = one.get_layer("head").kernel.numpy()
     plan = _unstructured_plan(16, 48, round(48 * 0.4), 128)
@@ -231,8 +231,8 @@ def test_batches_of_an_iterator_are_enough():
     model, same = mlp(), mlp()
     same.set_weights(model.get_weights())
     sparsities = dict.fromkeys(kernels(model), 0.5)
-    sparsegpt(model, sparsities, data, progress=False)
-    sparsegpt(same, sparsities, iter([data[:32], data[32:64], data[64:]]), progress=False)
+    sparsegpt(model, sparsities, data, verbose=0)
+    sparsegpt(same, sparsities, iter([data[:32], data[32:64], data[64:]]), verbose=0)
     for ours, theirs in zip(model.get_weights(), same.get_weights(), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -240,14 +240,14 @@ def test_batches_of_an_iterator_are_enough():
 def test_half_precision_weights():
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(6, dtype="bfloat16")])
     kernel = model.layers[0].kernel
-    sparsegpt(model, {kernel.path: 0.5}, data_for(model), progress=False)
+    sparsegpt(model, {kernel.path: 0.5}, data_for(model), verbose=0)
     assert kernel.dtype == "bfloat16"
     assert np.count_nonzero(np.asarray(kernel, "float32")) == 24
 
 
 def test_the_progress_bar_is_shown_on_demand(capsys):
     model = mlp()
-    sparsegpt(model, {"mlp/head/kernel": 0.5}, data_for(model), progress=False)
+    sparsegpt(model, {"mlp/head/kernel": 0.5}, data_for(model), verbose=0)
     assert capsys.readouterr().out == ""
     sparsegpt(model, {"mlp/head/kernel": 0.5}, data_for(model))
     assert "SparseGPT" in capsys.readouterr().out
@@ -276,7 +276,7 @@ def test_bad_input_is_refused_and_the_model_is_as_it_was(arguments, message):
     before = kernels(model)
     arguments = {"sparsities": GOOD, "calibration": data_for(model), **arguments}
     with pytest.raises(ValueError, match=message):
-        sparsegpt(model, **arguments, progress=False)
+        sparsegpt(model, **arguments, verbose=0)
     for path, weight in kernels(model).items():
         np.testing.assert_array_equal(weight, before[path])
     assert hook_free(model)
@@ -298,7 +298,7 @@ def test_a_late_failure_gives_the_weights_back():
             yield np.full((4, 12), np.nan)
 
     with pytest.raises(ValueError, match="holds NaN"):
-        sparsegpt(model, GOOD, batches, progress=False)
+        sparsegpt(model, GOOD, batches, verbose=0)
     assert len(reads) == 3
     for path, weight in kernels(model).items():
         np.testing.assert_array_equal(weight, before[path])
@@ -309,7 +309,7 @@ def test_a_kernel_of_nan_is_named():
     model = mlp()
     model.get_layer("head").kernel.assign(np.full((16, 3), np.nan))
     with pytest.raises(ValueError, match="'mlp/head/kernel' holds NaN or infinity"):
-        sparsegpt(model, GOOD, data_for(model), progress=False)
+        sparsegpt(model, GOOD, data_for(model), verbose=0)
 
 
 @pytest.mark.parametrize("name", ["cnn", "transformer"])

@@ -344,8 +344,8 @@ def test_names():
     "make, text",
     [
         (lambda: calibrators.get("mze"), "Did you mean 'mse'"),
-        (lambda: calibrators.get(None), "Unknown calibrator None; expected one of"),
-        (lambda: calibrators.get(MSE), "expected one of"),
+        (lambda: calibrators.get(None), "calibrator=None is none; pass one of"),
+        (lambda: calibrators.get(MSE), "or an object such as"),
         (lambda: Percentile(30), r"\(50, 100\], got 30"),
         (lambda: MovingAverage(1.0), r"\[0, 1\), got 1.0"),
         (

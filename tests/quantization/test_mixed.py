@@ -32,7 +32,7 @@ def mlp(activation=None):
 
 
 def measured(model, data=X, *args, **kwargs):
-    return sensitivities(model, data, *args, progress=False, **kwargs)
+    return sensitivities(model, data, *args, verbose=0, **kwargs)
 
 
 def on_grid(variable, scheme, axes=(0,)):
@@ -257,12 +257,12 @@ def test_latencies_come_from_a_table_or_a_function():
 
 def test_fixed_and_excluded_weights():
     model = mlp()
-    found = auto(model, X, Budget(size=4000), fixed={"*head*": "int3"}, progress=False)
+    found = auto(model, X, Budget(size=4000), fixed={"*head*": "int3"}, verbose=0)
     assert found == {"mlp/hidden/kernel": Scheme(8), "mlp/head/kernel": Scheme(3)}
-    assert auto(model, X, Budget(size=4000), exclude="*head*", progress=False) == {
+    assert auto(model, X, Budget(size=4000), exclude="*head*", verbose=0) == {
         "mlp/hidden/kernel": Scheme(8)
     }
-    assert auto(model, X, Budget(size=4000), (None, "int8"), progress=False) == {
+    assert auto(model, X, Budget(size=4000), (None, "int8"), verbose=0) == {
         "mlp/hidden/kernel": None, "mlp/head/kernel": None,
     }  # fmt: skip
     with pytest.raises(ValueError, match="several schemes"):
@@ -275,7 +275,7 @@ def test_fixed_and_excluded_weights():
 def test_bit_operations_of_a_generator_and_several_limits_at_once():
     model = mlp()
     budget = Budget(size=0.9, bops=(12 * 16 * 4 + 16 * 3 * 8) * 8)
-    found = auto(model, iter([X[:16], X[16:]]), budget, progress=False)
+    found = auto(model, iter([X[:16], X[16:]]), budget, verbose=0)
     assert {path: scheme.bits for path, scheme in found.items()} == {
         "mlp/hidden/kernel": 4, "mlp/head/kernel": 8,
     }  # fmt: skip
@@ -284,7 +284,7 @@ def test_bit_operations_of_a_generator_and_several_limits_at_once():
 def test_a_budget_that_cannot_be_kept_is_refused_before_anything_is_measured():
     data = iter([X])
     with pytest.raises(ValueError, match=r"smallest reachable is 272 bytes \(0.2626 of float32\)"):
-        auto(mlp(), data, Budget(size=0.2), progress=False)
+        auto(mlp(), data, Budget(size=0.2), verbose=0)
     assert next(data) is X
 
 
@@ -327,11 +327,11 @@ def test_wrong_arguments_are_refused(arguments, message):
 
 def test_candidates_with_other_activations_than_the_model_will_have_are_refused():
     with pytest.raises(ValueError, match="one scheme for all, here activations='int8'"):
-        auto(mlp(), X, Budget(size=0.5), ("w8a8", "w4a4"), progress=False)
+        auto(mlp(), X, Budget(size=0.5), ("w8a8", "w4a4"), verbose=0)
     with pytest.raises(ValueError, match="one scheme for all"):
-        auto(mlp(), X, Budget(size=0.5), fixed={"*head*": "w8a4"}, progress=False)
+        auto(mlp(), X, Budget(size=0.5), fixed={"*head*": "w8a4"}, verbose=0)
     specs = ("w8a4", "w4a4", None)
-    assert auto(mlp(), X, Budget(size=0.5), specs, activations="int4", progress=False)
+    assert auto(mlp(), X, Budget(size=0.5), specs, activations="int4", verbose=0)
 
 
 def trained(model, num_epochs):

@@ -113,6 +113,77 @@ def test_operations_inside_composite_layers_get_ranges():
     assert all(ranges == ["output"] for ranges in places.values())
 
 
+def attention(**arguments):
+    x = keras.Input((6, 8))
+    h = layers.MultiHeadAttention(2, 4, name="mha")(x, x, **arguments)
+    return keras.Model(x, layers.Dense(2, name="head")(layers.GlobalAveragePooling1D()(h)))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"use_causal_mask": True}])
+def test_attention_has_a_range_behind_each_step_and_none_that_holds_a_mask(arguments):
+    model, x = attention(**arguments), RNG.normal(size=(32, 6, 8)).astype("float32")
+    quantized = quantize(model, calibration=x)
+    ranges = {
+        layer.layer.name.removeprefix("mha_dot_product_attention_"): layer.ranges["output"]
+        for layer in quantized.layers
+        if isinstance(layer, Quantize) and "dot_product" in layer.name
+    }
+    assert set(ranges) == {"multiply", "matmul", "softmax", "matmul_1"}
+    assert ranges["softmax"] == (0.0, 255 / 256)
+    assert all(abs(end) < 20 for bounds in ranges.values() for end in bounds)
+    expected = model.predict(x, verbose=0)
+    difference = np.abs(quantized.predict(x, verbose=0) - expected).max()
+    assert 0 < difference < 0.05 * np.abs(expected).max()
+
+
+def test_attention_stays_one_operation_where_activations_are_float():
+    for activations in (None, "dynamic"):
+        kinds = [type(op).__name__ for op in quantize(attention(), "int8", activations).operations]
+        assert "DotProductAttention" in kinds
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda x, masked: x + masked * -1e9,
+        lambda x, masked: keras.ops.where(masked > 0.5, -1e4, x),
+        lambda x, masked: x - (1.0 - keras.ops.cast(masked, "float32")) * -1e9,
+        lambda x, masked: x + keras.ops.where(masked > 0.5, np.float32(-3e4), np.float32(0)),
+    ],
+)
+def test_masks_written_by_hand_leave_no_range_either(mask):
+    x, masked = keras.Input((4, 4)), keras.Input((4, 4))
+    model = keras.Model([x, masked], layers.Softmax()(mask(keras.ops.exp(x), masked)))
+    data = [RNG.normal(size=(8, 4, 4)), RNG.integers(0, 2, (8, 4, 4))]
+    quantized = quantize(model, None, calibration=[[a.astype("float32") for a in data]])
+    ends = [
+        end
+        for layer in quantized.layers
+        if isinstance(layer, Quantize)
+        for bounds in layer.ranges.values()
+        for end in bounds
+    ]
+    assert max(np.abs(ends)) < 100
+
+
+@pytest.mark.parametrize("followed", [True, False])
+def test_a_separable_convolution_has_a_range_between_its_halves(followed):
+    x = keras.Input((8, 8, 3))
+    h = layers.SeparableConv2D(4, 3, name="conv")(x)
+    model = keras.Model(x, layers.ReLU(name="relu")(h) if followed else h)
+    quantized = quantize(model, calibration=X)
+    places = wrapped(quantized)
+    assert places["conv"] == (["middle"] if followed else ["middle", "output"])
+    kernel = model.get_layer("conv").depthwise_kernel
+    between = keras.ops.depthwise_conv(X, kernel)
+    low, high = quantized.get_layer("quantize_conv").ranges["middle"]
+    assert (low, high) == pytest.approx((np.min(between), np.max(between)), rel=0.05)
+    expected = model.predict(X, verbose=0)
+    difference = np.abs(quantized.predict(X, verbose=0) - expected).max()
+    assert 0 < difference < 0.05 * np.abs(expected).max()
+    assert list(wrapped(quantize(model, activations=None)).values()) == [[]]
+
+
 def test_globs_leave_layers_float():
     quantized = quantize(cnn(), exclude="*conv/kernel")
     assert "conv" not in wrapped(quantized)
@@ -237,12 +308,20 @@ def test_a_budget_chooses_the_schemes():
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
+        ({"weights": None, "activations": None}, "there is nothing to do"),
+        ({"rounding": "gptq", "calibration": X, "scales": "lsq"}, "Pass one or the other"),
         ({"rounding": "up"}, "rounding='up' is not known"),
         ({"rounding": "gptq"}, "rounding='gptq' without calibration="),
         ({"smooth": 0.5}, "smooth= without calibration="),
         ({"weights": "auto", "calibration": X}, "needs a budget, got budget=None"),
         ({"weights": Scheme(symmetric=False), "scales": "lsq"}, "needs symmetric weights"),
         ({"calibrator": "best", "calibration": X}, "'best'"),
+        ({"calibrator": "mse"}, "calibrator='mse' without calibration="),
+        ({"smooth": "much", "calibration": X}, "got 'much'"),
+        ({"budget": Budget(size=0.2)}, 'only weights="auto" keeps to'),
+        ({"exclude": "*"}, "No weight of .* is left to quantize"),
+        ({"include": 3}, "Expected a glob over variable.path, or several, got 3"),
+        ({"calibration": [X, X]}, "A list is one array for each input"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, text):

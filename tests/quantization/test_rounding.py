@@ -96,7 +96,7 @@ def test_real_layers_lose_less_on_held_out_images(method, scheme):
     """Two convolutions and two dense layers that read digits."""
     model, calibration, held_out = digits()
     nearest, rounded = with_scales(model, scheme), with_scales(model, scheme)
-    rounding = round_weights(rounded, model, calibration, method, progress=False)
+    rounding = round_weights(rounded, model, calibration, method, verbose=0)
     assert len(rounding.errors) == 4
     assert rounding.skipped == {}
     assert max(rounding.errors.values()) < 0.6
@@ -124,7 +124,7 @@ def test_pruned_weights_stay_zero_exactly(method):
             kernel = layer.kernel.numpy()
             layer.kernel.assign(np.where(np.abs(kernel) < np.median(np.abs(kernel)), 0, kernel))
     quantized = with_scales(pruned)
-    round_weights(quantized, pruned, calibration[:128], method, progress=False)
+    round_weights(quantized, pruned, calibration[:128], method, verbose=0)
     floats = [v for layer in expand(pruned).layers for v, _ in weight_axes(layer)]
     for weight, before in zip(quantized_weights(quantized), floats, strict=True):
         zeros = before.numpy() == 0
@@ -153,7 +153,7 @@ def test_adaround_takes_layers_that_are_no_matrix_product():
     model = varied()
     data = images(160)
     quantized, nearest = with_scales(model), with_scales(model)
-    rounding = round_weights(quantized, model, data[:128], QUICK, progress=False)
+    rounding = round_weights(quantized, model, data[:128], QUICK, verbose=0)
     errors = {path.split("/", 1)[1]: error for path, error in rounding.errors.items()}
     assert list(errors) == [
         "depthwise/kernel",
@@ -178,7 +178,7 @@ def test_adaround_takes_layers_that_are_no_matrix_product():
 def test_what_gptq_cannot_round_is_named_and_left_to_nearest():
     model = varied()
     quantized, nearest = with_scales(model), with_scales(model)
-    rounding = round_weights(quantized, model, images(64), "gptq", progress=False)
+    rounding = round_weights(quantized, model, images(64), "gptq", verbose=0)
     assert [path.split("/")[-2] for path in rounding.errors] == ["head"]
     reasons = {path.split("/", 1)[1]: reason for path, reason in rounding.skipped.items()}
     assert reasons["grouped/kernel"] == "a convolution in 2 groups"
@@ -197,7 +197,7 @@ def test_what_adaround_cannot_round_is_named():
     model = keras.Model(ids, layers.Dense(2, name="head")(x))
     data = np.random.default_rng(0).integers(0, 20, (64, 6))
     quantized = with_scales(model)
-    rounding = round_weights(quantized, model, data, AdaRound(steps=5), progress=False)
+    rounding = round_weights(quantized, model, data, AdaRound(steps=5), verbose=0)
     reasons = {path.split("/")[1]: reason for path, reason in rounding.skipped.items()}
     assert "nearest is best" in reasons["embedding"]
     assert reasons["masked"] == "its layer is called with more than one tensor"
@@ -210,11 +210,11 @@ def test_equal_seeds_give_equal_weights_and_rounding_again_starts_anew(method):
     x = np.random.default_rng(0).normal(size=(200, 3)) @ np.ones((3, 12)) + np.eye(200, 12)
     first, second = with_scales(model), with_scales(model)
     for quantized in (first, second):
-        round_weights(quantized, model, iter([x[:90], x[90:]]), method, seed=3, progress=False)
+        round_weights(quantized, model, iter([x[:90], x[90:]]), method, seed=3, verbose=0)
     for one, other in zip(first.get_weights(), second.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
-    round_weights(second, model, x[:50], "gptq", progress=False)
-    round_weights(second, model, iter([x[:90], x[90:]]), method, seed=3, progress=False)
+    round_weights(second, model, x[:50], "gptq", verbose=0)
+    round_weights(second, model, iter([x[:90], x[90:]]), method, seed=3, verbose=0)
     for one, other in zip(first.get_weights(), second.get_weights(), strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -225,7 +225,7 @@ def test_gptq_sees_the_inputs_that_the_quantized_model_gives():
     quantized = with_scales(model, "int4", "int3", calibration=x)
     first, last = (layer for layer in quantized.layers if isinstance(layer, Quantize))
     ranges = first.ranges, last.ranges
-    round_weights(quantized, model, x, progress=False)
+    round_weights(quantized, model, x, verbose=0)
     assert (first.ranges, last.ranges) == ranges
     hidden = keras.Model(quantized.input, first.output).predict(x, verbose=0).astype("float64")
     assert len(np.unique(hidden)) <= 8  # Three bits.
@@ -242,7 +242,7 @@ def test_adaround_makes_up_for_rounded_activations():
     x = np.random.default_rng(0).normal(size=(400, 12)).astype("float32")
     quantized = with_scales(model, "int3", "int3", calibration=x)
     first, last = (layer for layer in quantized.layers if isinstance(layer, Quantize))
-    rounding = round_weights(quantized, model, x, AdaRound(), progress=False)
+    rounding = round_weights(quantized, model, x, AdaRound(), verbose=0)
     hidden = keras.Model(quantized.input, first.output).predict(x, verbose=0)
     (weight,) = last.quantizer.weights
     head = model.get_layer("head")
@@ -263,7 +263,7 @@ def test_adaround_makes_up_for_rounded_activations():
 def test_the_progress_bar_is_shown_on_demand(capsys):
     model = mlp()
     x = np.random.default_rng(0).normal(size=(40, 12))
-    round_weights(with_scales(model), model, x, progress=False)
+    round_weights(with_scales(model), model, x, verbose=0)
     assert capsys.readouterr().out == ""
     round_weights(with_scales(model), model, x)
     assert "2/2" in capsys.readouterr().out
@@ -288,7 +288,7 @@ def test_bad_input_is_refused_and_the_model_is_as_it_was(method, arguments, mess
     passed = {"quantized": with_scales(model, scales=scales), "model": model, **passed}
     before = passed["quantized"].get_weights()
     with pytest.raises(ValueError, match=message):
-        round_weights(**passed, progress=False)
+        round_weights(**passed, verbose=0)
     for one, other in zip(passed["quantized"].get_weights(), before, strict=True):
         np.testing.assert_array_equal(one, other)
     assert hook_free(passed["quantized"])

@@ -54,7 +54,7 @@ class QuantizationAwareTraining(CompressionCallback):
 
     Args:
         weights: `"int8"`, `"int2"` to `"int8"`, a `Scheme`, or None to leave them float; `"w4a8"`
-            says both; or a dict of glob over `variable.path` -> any of these: mixed precision.
+            says both; or a dict of glob over `variable.path` -> `"int8"`, a `Scheme` or None.
         activations: `"int8"`, `"int2"` to `"int8"`, `"dynamic"` (the input of a layer with weights
             is rounded on the range of each row), a `Scheme`, or None to leave them float.
         begin_step: Optimizer updates before anything is rounded; ranges are observed from the
@@ -249,7 +249,7 @@ class QuantizationAwareTraining(CompressionCallback):
             return {}
         if self.activations.dynamic:
             return {place: DynamicRange() for place in dynamic_places(layer)}
-        places = range_places(layer) if placement.output else ()
+        places = range_places(layer, placement.output)
         followed = made.get(id(placement.follows), {})
         source = followed.get("output", followed.get("input_0"))
         return {

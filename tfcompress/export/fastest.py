@@ -13,14 +13,9 @@ import numpy as np
 from tfcompress import artefact as artefacts
 from tfcompress.artefact import Artefact, Candidate
 from tfcompress.batches import first_batch, input_batches, limited
-from tfcompress.export.litert import (
-    CALIBRATION_EXAMPLES,
-    by_name,
-    export_litert,
-    has_ranges,
-    known_quantizers,
-)
+from tfcompress.export.litert import export_litert
 from tfcompress.export.program import Program, require_built
+from tfcompress.export.target import CALIBRATION_EXAMPLES, by_name, has_ranges, known_quantizers
 from tfcompress.export.verify import ExportError
 from tfcompress.keras_hooks.precision import computing_in_float32
 from tfcompress.timing import Timing, latency

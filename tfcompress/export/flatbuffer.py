@@ -278,6 +278,26 @@ def _pack_int4(values: np.ndarray) -> np.ndarray:
     return nibbles[0::2] | (nibbles[1::2] << 4)
 
 
+def ordered_inputs(content: bytes, names: Sequence[str]) -> bytes:
+    """Put the inputs of a file into this order; the converter's is by chance.
+
+    Args:
+        content: A `.tflite` file with one signature.
+        names: Those of the inputs, as in the signature; the file may have fewer.
+
+    Returns:
+        The file; `content` itself, if they are in order.
+    """
+    file = _File(content)
+    graph, signature = file.model.subgraphs[0], file.model.signatureDefs[0]
+    index = {each.name.decode(): each.tensorIndex for each in signature.inputs}
+    inputs = [index[name] for name in names if name in index]
+    if inputs == list(graph.inputs):
+        return content
+    graph.inputs = inputs
+    return file.content()
+
+
 def integer_borders(content: bytes) -> bytes:
     """Let a full-int8 file take and give the integers that it computes with.
 

@@ -19,21 +19,24 @@ from tfcompress.batches import first_batch, input_batches, limited
 from tfcompress.export import flatbuffer, verify
 from tfcompress.export.matrices import as_matrices
 from tfcompress.export.process import convert
-from tfcompress.export.program import Program, require_built, wrappers
-from tfcompress.export.target import planned_quantizers
+from tfcompress.export.program import Program, require_built
+from tfcompress.export.target import (
+    CALIBRATION_EXAMPLES,
+    by_name,
+    has_ranges,
+    known_quantizers,
+    planned_quantizers,
+)
 from tfcompress.export.verify import ExportError
 from tfcompress.graph.placement import has_attention
 from tfcompress.keras_hooks.overlay import all_layers
 from tfcompress.keras_hooks.precision import computing_in_float32
-from tfcompress.keras_hooks.quantizer import DynamicRange, LayerQuantizer, recall, recall_inputs
-from tfcompress.layers.quantize import Quantize
+from tfcompress.keras_hooks.quantizer import LayerQuantizer, recall_inputs
 from tfcompress.ops.schemes import weight_scheme
 
 logger = logging.getLogger("tfcompress")
 
 PRECISIONS = ("float32", "float16", "dynamic", "int8", "int4")
-# More examples move the extremes of a range by little.
-CALIBRATION_EXAMPLES = 512
 # The converter leaves smaller weights in float, where activations are.
 _SMALLEST_DYNAMIC = 1024
 # Where 4 bits are no slower than 8 (one thread, XNNPACK: 0.7 of the time; convolutions 3.6 times).
@@ -96,18 +99,6 @@ def _convert(request):
             f"{error}\nLiteRT has the error function only as part of an exact GELU. Use "
             'keras.activations.gelu, activation="gelu", or approximate it by a tanh.'
         ) from error
-
-
-def known_quantizers(model) -> tuple[LayerQuantizer, ...]:
-    """The quantizers that a model was trained with or is wrapped in."""
-    wrapped = [w.quantizer for w in wrappers(model) if isinstance(w, Quantize)]
-    return (*recall(model), *wrapped)
-
-
-def has_ranges(quantizers) -> bool:
-    """Whether an integer file can be written without calibration."""
-    sources = [source for quantizer in quantizers for source in quantizer.ranges.values()]
-    return any(not isinstance(source, DynamicRange) for source in sources)
 
 
 def _example(calibration, verify_on):
@@ -277,7 +268,8 @@ def _verification_batch(program, calibrated, verify_on, batch_size) -> dict[str,
 
 def _finish(path: pathlib.Path, program: Program, precision: str, io: str):
     """What the converter cannot do: other grids than its own, and integers at the borders."""
-    written = content = path.read_bytes()
+    written = path.read_bytes()
+    content = flatbuffer.ordered_inputs(written, [spec.name for spec in program.inputs])
     if precision in ("dynamic", "int8", "int4"):
         rows = [flatbuffer.rows_of(values, axes) for values, axes in program.weights()]
         in_4_bits = _ALL_IN_4_BITS if precision == "int4" else _FAST_IN_4_BITS
@@ -321,6 +313,7 @@ def _verify(program: Program, artefact: Artefact, batch, integer, calibrated) ->
         max_abs_diff=max(differences),
         output_steps=max(steps, default=None),
         float_operators=left_in_float,
+        latency_ms=verify.latency_ms(runner, batch, program.inputs[0].shape[0]),
     )
 
 
@@ -337,11 +330,3 @@ def _left_out(program: Program) -> frozenset[str]:
 
 def _holds_layers(layer) -> bool:
     return len(all_layers(layer)) > 1
-
-
-def by_name(outputs, runner) -> dict[str, np.ndarray]:
-    """What a runner gave, by the names of its outputs."""
-    if isinstance(outputs, dict):
-        return outputs
-    outputs = outputs if isinstance(outputs, list) else [outputs]
-    return dict(zip(runner.outputs, outputs, strict=True))

@@ -5,6 +5,7 @@ import pathlib
 import tempfile
 from collections.abc import Iterator
 
+import keras
 import numpy as np
 
 from tfcompress.artefact import Format, Tensor, register_format
@@ -12,6 +13,8 @@ from tfcompress.export.process import convert
 from tfcompress.export.program import Program
 from tfcompress.export.qdq import Graph, attribute, store_integers
 from tfcompress.export.target import NamedRunner, Target
+from tfcompress.export.verify import ExportError
+from tfcompress.keras_hooks.overlay import all_layers
 from tfcompress.optional import require
 
 _OPSET = 18
@@ -32,6 +35,7 @@ def _write(program: Program, precision: str, path: pathlib.Path, workspace: path
     onnx = require("onnx", extra="onnx")
     require("tf2onnx", extra="onnx")
     require("onnxruntime", extra="onnx")
+    _refuse_gru(program.model, precision)
     program.save(workspace / "model")
     converted = workspace / "converted.onnx"
     convert(
@@ -49,6 +53,16 @@ def _write(program: Program, precision: str, path: pathlib.Path, workspace: path
     if precision == "float16":
         _halve(model)
     onnx.save(model, path)
+
+
+def _refuse_gru(model, precision):
+    """ONNX Runtime 1.32 ends the process on a quantized GRU, and what ends cannot be caught."""
+    gru = [layer.name for layer in all_layers(model) if isinstance(layer, keras.layers.GRU)]
+    if gru and precision == "int8":
+        raise ExportError(
+            f"ONNX Runtime aborts on an int8 file with GRU layers ({', '.join(gru)}). Export with "
+            'precision="float32", to a .tflite file, or use keras.layers.LSTM.'
+        )
 
 
 def _halve(model) -> None:

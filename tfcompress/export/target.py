@@ -1,4 +1,4 @@
-"""What the exports to ONNX, OpenVINO and SavedModel have in common."""
+"""What the exports have in common; those to ONNX, OpenVINO and SavedModel as a whole."""
 
 import contextlib
 import dataclasses
@@ -6,7 +6,7 @@ import logging
 import pathlib
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
@@ -20,6 +20,7 @@ from tfcompress.export.program import Program, require_built, wrappers
 from tfcompress.graph.placement import place
 from tfcompress.keras_hooks.precision import computing_in_float32
 from tfcompress.keras_hooks.quantizer import (
+    DynamicRange,
     FollowedRange,
     LayerQuantizer,
     MovingRange,
@@ -37,7 +38,7 @@ from tfcompress.ops.schemes import scheme_pair
 logger = logging.getLogger("tfcompress")
 
 # More examples move the extremes of a range by little.
-_CALIBRATION_EXAMPLES = 512
+CALIBRATION_EXAMPLES = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ def export_to(
     """Write a model as one kind of file and verify it; see `tfcompress.export`."""
     _refuse(options, target)
     require_built(model)
-    quantizers = _known_quantizers(model)
+    quantizers = known_quantizers(model)
     precision = _precision(precision, quantizers, calibration, target)
     with (
         target.replacing(path) as temporary,
@@ -101,14 +102,21 @@ def _refuse(options, target):
         )
 
 
-def _known_quantizers(model) -> tuple[LayerQuantizer, ...]:
+def known_quantizers(model: keras.Model) -> tuple[LayerQuantizer, ...]:
+    """The quantizers that a model was trained with or is wrapped in."""
     wrapped = [w.quantizer for w in wrappers(model) if isinstance(w, Quantize)]
     return (*recall(model), *wrapped)
 
 
+def has_ranges(quantizers: Iterable[LayerQuantizer]) -> bool:
+    """Whether an integer file can be written without calibration."""
+    sources = [source for quantizer in quantizers for source in quantizer.ranges.values()]
+    return any(not isinstance(source, DynamicRange) for source in sources)
+
+
 def _precision(precision, quantizers, calibration, target) -> str:
     if precision is None:
-        ranges = any(quantizer.ranges for quantizer in quantizers) or calibration is not None
+        ranges = has_ranges(quantizers) or calibration is not None
         return "int8" if ranges and "int8" in target.precisions else "float32"
     if precision not in target.precisions:
         raise ValueError(
@@ -127,7 +135,7 @@ def _precision(precision, quantizers, calibration, target) -> str:
 def _calibration_batches(calibration) -> list:
     if calibration is None:
         return []
-    batches = list(limited(input_batches(calibration), _CALIBRATION_EXAMPLES))
+    batches = list(limited(input_batches(calibration), CALIBRATION_EXAMPLES))
     if not batches:
         raise ValueError("calibration= holds no batch; pass some hundred inputs.")
     return batches
@@ -171,7 +179,7 @@ def planned_quantizers(model: keras.Model, example: Any = None) -> tuple[LayerQu
         followed = made.get(id(placement.follows), {})
         ranges = {
             where: _range(layer, where, followed, activations)
-            for where in (range_places(layer) if placement.output else ())
+            for where in range_places(layer, placement.output)
         }
         made[id(layer)] = ranges
         found = [QuantizedWeight(v, axes, weights) for v, axes in weight_axes(layer)]
@@ -214,7 +222,7 @@ def _verify(target: Target, program: Program, artefact: Artefact, batch) -> Arte
             stacklevel=4,
         )
     runner = artefact.runner()
-    actual, expected = _by_name(runner(batch), runner), program.simulation()(batch)
+    actual, expected = by_name(runner(batch), runner), program.simulation()(batch)
     scales = program.output_scales() if integer else {}
     differences, steps = [0.0], []
     for name, value in expected.items():
@@ -229,10 +237,12 @@ def _verify(target: Target, program: Program, artefact: Artefact, batch) -> Arte
         max_abs_diff=max(differences),
         output_steps=max(steps, default=None),
         float_operators=left_in_float,
+        latency_ms=verify.latency_ms(runner, batch, program.inputs[0].shape[0]),
     )
 
 
-def _by_name(outputs, runner) -> dict[str, np.ndarray]:
+def by_name(outputs: Any, runner: Any) -> dict[str, np.ndarray]:
+    """What a runner gave, by the names of its outputs."""
     if isinstance(outputs, dict):
         return outputs
     outputs = outputs if isinstance(outputs, list) else [outputs]

@@ -1,12 +1,14 @@
 """Whether a file computes what the model computes."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import tensorflow as tf
 
 from tfcompress.artefact import Flatbuffer, Operator, Tensor
+from tfcompress.timing import Timing, latency
 
 # What an error at its input becomes at the output of a function, at most.
 _LIPSCHITZ = {"SOFTMAX": 0.5, "LOGISTIC": 0.25, "TANH": 1.0}
@@ -42,6 +44,22 @@ class OutputScale:
     def tolerance(self) -> float:
         """That many steps here (and an ulp), or before the last function."""
         return (self.steps + 0.01) * self.step + self.slack * self.steps / 2
+
+
+def latency_ms(runner: Callable, batch: Mapping[str, np.ndarray], size: int | None = None) -> float:
+    """Median time of a call on one example, or on a batch of the file's fixed size, on one thread.
+
+    Args:
+        runner: Of the file.
+        batch: Arrays by the names of its inputs.
+        size: Examples that the file takes; None for any number.
+
+    Returns:
+        Milliseconds.
+    """
+    example = {name: array[: size or 1] for name, array in batch.items()}
+    timed = latency({"file": functools.partial(runner, example)}, Timing(rounds=11))
+    return timed["file"].median_ms
 
 
 def output_scale(file: Flatbuffer, name: str) -> OutputScale:

@@ -21,7 +21,9 @@ class _Hooked:
         return proceed(*args, **kwargs)
 
 
-def add_hook(owner: Any, name: str, around: Callable) -> Callable[[], None]:
+def add_hook(
+    owner: Any, name: str, around: Callable, innermost: bool = False
+) -> Callable[[], None]:
     """Put `around(proceed, *args, **kwargs)` around `owner.name`, for this instance only.
 
     Several hooks nest, the last one added outermost. The instance attribute is gone when the last
@@ -31,6 +33,7 @@ def add_hook(owner: Any, name: str, around: Callable) -> Callable[[], None]:
         owner: Any object with a `__dict__`: a layer, a model, an optimizer, a callback.
         name: The method's name.
         around: Called in place of the method, with the method as its first argument.
+        innermost: Whether it nests in the hooks that are there, instead of around them.
 
     Returns:
         A function that removes this hook; calling it twice does no harm.
@@ -53,7 +56,7 @@ def add_hook(owner: Any, name: str, around: Callable) -> Callable[[], None]:
         hooked = _Hooked(owner, name)
         owner.__dict__[name] = hooked
     entry = functools.partial(around)  # A distinct object, so that each removal finds its own.
-    hooked.arounds.append(entry)
+    hooked.arounds.insert(0 if innermost else len(hooked.arounds), entry)
 
     def remove():
         if entry not in hooked.arounds:

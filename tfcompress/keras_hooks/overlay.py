@@ -39,12 +39,15 @@ class Overlay:
         inputs: One function, or None, for each tensor of the first argument, flattened. Of a
             Functional or Sequential model, in the order and dtype of its own inputs, whatever is
             passed: integers, numpy arrays, a dict by name. What lies beyond is left as it is.
+        middle: Applied to what the depthwise half of a separable convolution hands to the
+            pointwise one; see `has_middle`. A layer takes that of one overlay.
         preactivation: Applied to what the layer passes to its own `activation`.
         output: Applied to each floating-point tensor the layer returns.
     """
 
     weights: Sequence[tuple[keras.Variable, Callable]] = ()
     inputs: Sequence[Callable | None] = ()
+    middle: Callable | None = None
     preactivation: Callable | None = None
     output: Callable | None = None
 
@@ -74,7 +77,16 @@ def attach(layer: keras.layers.Layer, overlay: Overlay) -> Callable[[], None]:
     >>> float(layer(keras.ops.ones((1, 2)))[0, 0])
     2.0
     """
-    return add_hook(layer, "call", functools.partial(call_through, layer, overlay))
+    removes = [
+        add_hook(layer, "call", functools.partial(_call_through, layer, overlay)),
+        _add_middle(layer, overlay.middle),
+    ]
+
+    def remove():
+        for each in removes:
+            each()
+
+    return remove
 
 
 @contextlib.contextmanager
@@ -87,7 +99,28 @@ def attached(pairs: Iterable[tuple[keras.layers.Layer, Overlay]]) -> Iterator[No
 
 
 def call_through(layer: keras.layers.Layer, overlay: Overlay, call: Callable, *args, **kwargs):
-    """Run `call(*args, **kwargs)`, which reads the variables of `layer`, under an overlay."""
+    """Run `call(*args, **kwargs)`, which calls `layer`, under an overlay."""
+    remove = _add_middle(layer, overlay.middle)
+    try:
+        return _call_through(layer, overlay, call, *args, **kwargs)
+    finally:
+        remove()
+
+
+def has_middle(layer: keras.layers.Layer) -> bool:
+    """Whether a layer computes as Keras's separable convolutions do, in two halves.
+
+    Example:
+
+    >>> has_middle(keras.layers.SeparableConv1D(2, 3)), has_middle(keras.layers.Conv1D(2, 3))
+    (True, False)
+    """
+    kinds = (keras.layers.SeparableConv1D, keras.layers.SeparableConv2D)
+    # A subclass may compute something else.
+    return isinstance(layer, kinds) and type(layer).call in [kind.call for kind in kinds]
+
+
+def _call_through(layer, overlay, call, *args, **kwargs):
     if overlay.inputs and args:
         args = (_map_inputs(layer, overlay.inputs, args[0]), *args[1:])
     with _weights(layer, overlay.weights), _preactivation(layer, overlay.preactivation):
@@ -228,6 +261,31 @@ def _weights(layer, weights):
     # Computed here, outside of any loop the layer runs, so that an RNN does it once a sequence.
     replaced = {id(variable): fn(raw_value(variable)) for variable, fn in weights}
     return _WeightsScope(layer, replaced)
+
+
+def _add_middle(layer, fn) -> Callable[[], None]:
+    if fn is None:
+        return lambda: None
+    # Innermost: it stands for the layer's own call, around which all else is hooked.
+    return add_hook(layer, "call", functools.partial(_in_halves, layer, fn), innermost=True)
+
+
+def _in_halves(layer, fn, proceed, inputs):
+    """The call of a separable convolution, with `fn` between its halves."""
+    outputs = keras.ops.depthwise_conv(
+        inputs,
+        layer.depthwise_kernel,
+        strides=layer.strides,
+        padding=layer.padding,
+        dilation_rate=layer.dilation_rate,
+        data_format=layer.data_format,
+    )
+    outputs = keras.ops.conv(fn(outputs), layer.pointwise_kernel, data_format=layer.data_format)
+    if layer.use_bias:
+        shape = [1] * len(outputs.shape)
+        shape[-1 if layer.data_format == "channels_last" else 1] = layer.filters
+        outputs = keras.ops.add(outputs, keras.ops.reshape(layer.bias, shape))
+    return outputs if layer.activation is None else layer.activation(outputs)
 
 
 @contextlib.contextmanager

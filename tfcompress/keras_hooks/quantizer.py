@@ -9,7 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import keras
 import tensorflow as tf
 
-from tfcompress.keras_hooks.overlay import Overlay, children, in_training, raw_value
+from tfcompress.keras_hooks.overlay import (
+    Overlay,
+    children,
+    has_middle,
+    in_training,
+    raw_value,
+)
 from tfcompress.ops import fake_quant as fq
 from tfcompress.ops import ranges
 from tfcompress.ops.schemes import Scheme
@@ -204,8 +210,8 @@ class LayerQuantizer:
         layer: A built layer.
         weights: Its weights on their grids.
         activation_scheme: How its activations are quantized, or None.
-        ranges: By place: `"preactivation"`, `"output"`, and `"input_0"`, `"input_1"`, ... for the
-            tensors of the first argument.
+        ranges: By place: `"middle"`, `"preactivation"`, `"output"`, and `"input_0"`, `"input_1"`,
+            ... for the tensors of the first argument.
         active: In-graph predicate; until it is true, ranges are observed and nothing is quantized.
         wrapper: The wrapper whose call does this by itself, if it is one.
     """
@@ -257,6 +263,7 @@ class LayerQuantizer:
         return Overlay(
             weights=weights,
             inputs=[places.get(f"input_{i}") for i in range(max(indices, default=-1) + 1)],
+            middle=places.get("middle"),
             preactivation=places.get("preactivation"),
             output=places.get("output"),
         )
@@ -432,8 +439,13 @@ def fixed_range(activation: str, scheme: Scheme) -> FixedRange | None:
     return FixedRange(low, high - (high - low) / steps)
 
 
-def range_places(layer: keras.layers.Layer) -> tuple[str, ...]:
-    """Where a layer's activations need a range when its output is read by others.
+def range_places(layer: keras.layers.Layer, output: bool = True) -> tuple[str, ...]:
+    """Where a layer's activations need a range.
+
+    Args:
+        layer: A built layer.
+        output: Whether its output needs one; False where the next operator is computed in the same
+            kernel.
 
     Example:
 
@@ -442,11 +454,14 @@ def range_places(layer: keras.layers.Layer) -> tuple[str, ...]:
     >>> range_places(layer)
     ('preactivation', 'output')
     """
+    inside = ("middle",) if has_middle(layer) else ()
+    if not output:
+        return inside
     # A layer without weights gets its input from a layer that has a range on it already.
     computes = bool(layer.variables) and not isinstance(layer, _NORMALIZATIONS)
     if computes and not is_fused(activation_name(layer)):
-        return ("preactivation", "output")
-    return ("output",)
+        return (*inside, "preactivation", "output")
+    return (*inside, "output")
 
 
 def dynamic_places(layer: keras.layers.Layer) -> tuple[str, ...]:

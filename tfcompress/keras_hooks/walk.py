@@ -105,7 +105,13 @@ def as_globs(globs) -> tuple[str, ...] | None:
     """Globs as a tuple: None stays None, a string becomes one glob."""
     if globs is None:
         return None
-    return (globs,) if isinstance(globs, str) else tuple(globs)
+    several = not isinstance(globs, str) and isinstance(globs, Iterable)
+    found = tuple(globs) if several else (globs,)
+    if not all(isinstance(glob, str) for glob in found):
+        raise ValueError(
+            f"Expected a glob over variable.path, or several, got {globs!r}. Pass e.g. '*kernel'."
+        )
+    return found
 
 
 def check_globs(globs: Sequence[str], paths: Iterable[str]) -> None:

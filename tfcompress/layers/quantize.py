@@ -1,5 +1,8 @@
 """Quantization of one layer, with its ranges as saved variables."""
 
+import numbers
+from collections.abc import Mapping
+
 import keras
 import tensorflow as tf
 
@@ -53,6 +56,8 @@ class Quantize(CompressionWrapper):
         percentile: Share of the values of a batch that a range is to hold, in (50, 100].
         include: Glob or globs over the paths of the layer's variables; None for all kernels.
         exclude: Glob or globs to leave out.
+        output: Whether what it returns is rounded; False leaves only what is between the halves of
+            a separable convolution, as in front of batch normalization or ReLU.
         **kwargs: What every Keras layer takes.
 
     Raises:
@@ -82,17 +87,23 @@ class Quantize(CompressionWrapper):
         percentile: float = 100.0,
         include=None,
         exclude=None,
+        output: bool = True,
         **kwargs,
     ):
         super().__init__(layer, include=include, exclude=exclude, **kwargs)
+        if isinstance(weights, Mapping) and "bits" not in weights:
+            raise ValueError(
+                f"layers.Quantize got weights={dict(weights)!r}, and a layer has one scheme. Pass "
+                'it, e.g. weights="int8"; a dict of globs is for tfcompress.quantize.'
+            )
         self.weights_scheme, self.activations_scheme = scheme_pair(weights, activations)
         check_scales(scales, self.weights_scheme)
         check_percentile(percentile)
-        self.scales, self.percentile = scales, percentile
+        self.scales, self.percentile, self.rounds_output = scales, percentile, output
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
-        """`(low, high)` by place: `"preactivation"`, `"output"`."""
+        """`(low, high)` by place: `"middle"`, `"preactivation"`, `"output"`."""
         return {
             place: tuple(keras.ops.convert_to_numpy(source.bounds()).tolist())
             for place, source in self.quantizer.ranges.items()
@@ -132,6 +143,7 @@ class Quantize(CompressionWrapper):
             **{key: scheme and scheme.get_config() for key, scheme in schemes.items()},
             "scales": self.scales,
             "percentile": self.percentile,
+            "output": self.rounds_output,
         }
 
     def _chosen(self, plain):
@@ -152,7 +164,9 @@ class Quantize(CompressionWrapper):
             return ()
         if self.activations_scheme.dynamic:
             return dynamic_places(plain)
-        return () if moves_only(plain, identity=False) else range_places(plain)
+        if moves_only(plain, identity=False):
+            return ()
+        return range_places(plain, self.rounds_output)
 
     def _weight(self, plain, variable, axes) -> QuantizedWeight:
         if self.scales == "max":
@@ -200,7 +214,7 @@ def check_scales(scales: str, scheme: Scheme | None) -> None:
 
 def check_percentile(percentile: float) -> None:
     """Raise a ValueError if it is not in (50, 100]."""
-    if not 50 < percentile <= 100:
+    if not isinstance(percentile, numbers.Real) or not 50 < percentile <= 100:
         raise ValueError(
             f"percentile={percentile!r} must be in (50, 100]: the share of a batch's values that a "
             "range is to hold, in percent; 99.9 is a usual value."

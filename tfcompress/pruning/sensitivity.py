@@ -235,7 +235,7 @@ def sensitivity(
     structure="unstructured",
     include=None,
     exclude=None,
-    progress: bool = True,
+    verbose: int = 1,
     mode: str = "auto",
 ) -> Sensitivity:
     """Measure a metric with one weight pruned at a time, at several sparsities.
@@ -259,7 +259,7 @@ def sensitivity(
             alone), or an object of `tfcompress.structures`.
         include: Glob or globs over `variable.path`; None for all kernels and embeddings.
         exclude: Glob or globs to leave out.
-        progress: Whether to show a progress bar.
+        verbose: Whether to show a progress bar.
         mode: "min" if lower is better, "max" if higher is; "auto" knows from the names of the
             usual metrics, and takes the direction that pruning moves any other in for the worse.
 
@@ -277,7 +277,7 @@ def sensitivity(
     >>> model = keras.Sequential(layers, name="model")
     >>> model.compile(loss="mse")
     >>> data = np.ones((8, 4), "float32"), np.zeros((8, 3), "float32")
-    >>> found = sensitivity(model, data, sparsities=(0.5, 0.9), progress=False)
+    >>> found = sensitivity(model, data, sparsities=(0.5, 0.9), verbose=0)
     >>> [(path, len(values)) for path, values in found.values.items()]
     [('model/dense/kernel', 2)]
     """
@@ -293,7 +293,7 @@ def sensitivity(
     values: dict[str, list[float]] = {path: [] for path in chosen.weights}
     masks = _Masks(chosen, criterion, structure)
     steps = [(path, each) for path in chosen.weights for each in sparsities]
-    for path, each in rich.progress.track(steps, "Sensitivity", disable=not progress):
+    for path, each in rich.progress.track(steps, "Sensitivity", disable=not verbose):
         with _pruned(chosen.weights[path], masks.mask(path, each)):
             values[path].append(measure())
     logger.info("Measured %s; skipped %s", list(values), skipped | chosen.skipped)

@@ -33,7 +33,7 @@ def sparsegpt(
     n_of_m: tuple[int, int] | None = None,
     damping: float = 0.01,
     block_size: int = 128,
-    progress: bool = True,
+    verbose: int = 1,
 ) -> dict[str, tf.Tensor]:
     """Prune kernels and reconstruct their layers' outputs on calibration data, in place.
 
@@ -59,7 +59,7 @@ def sparsegpt(
             inputs of Dense, the input channels of Conv2D); the sparsities are 0.5 then.
         damping: Added to the diagonal of the Hessian, as a share of its mean; 0 or more.
         block_size: Input features for which unstructured masks are chosen together, 1 or more.
-        progress: Whether to show a progress bar.
+        verbose: Whether to show a progress bar.
 
     Returns:
         Path -> boolean mask of the kernel's shape; True keeps. Of the whole kernel exactly
@@ -75,7 +75,7 @@ def sparsegpt(
     >>> layers = [keras.Input((4,)), keras.layers.Dense(5, name="dense")]
     >>> model = keras.Sequential(layers, name="model")
     >>> data = np.random.default_rng(0).normal(size=(64, 4))
-    >>> masks = sparsegpt(model, {"model/dense/kernel": 0.5}, data, progress=False)
+    >>> masks = sparsegpt(model, {"model/dense/kernel": 0.5}, data, verbose=0)
     >>> int((layers[1].kernel.numpy() == 0).sum())
     10
 
@@ -88,7 +88,7 @@ def sparsegpt(
     originals = {path: kernel.variable.numpy() for path, kernel in kernels.items()}
     masks: dict[str, tf.Tensor] = {}
     try:
-        for stage in rich.progress.track(stages, "SparseGPT", disable=not progress):
+        for stage in rich.progress.track(stages, "SparseGPT", disable=not verbose):
             moments = second_moments(model, stage.kernels, calibration, stage.last)
             for path, kernel in stage.kernels.items():
                 _check_reached(path, moments)

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfcompress.batches import input_batches
+from tfcompress.batches import calibration_batches
 from tfcompress.graph.expand import expand
 from tfcompress.graph.inputs import repeatable
 from tfcompress.keras_hooks.overlay import Overlay, all_layers, attached
@@ -155,7 +155,7 @@ class _Means:
         batches = 0
         with contextlib.ExitStack() as stack:
             stack.enter_context(attached(zip(self.layers, self._taps(), strict=True)))
-            for batch in input_batches(calibration):
+            for batch in calibration_batches(self.model, calibration):
                 self._step(keras.tree.map_structure(tf.convert_to_tensor, batch))
                 bar.add(1)
                 batches += 1

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfcompress.batches import input_batches, num_batches
+from tfcompress.batches import calibration_batches, num_batches
 from tfcompress.keras_hooks.overlay import all_layers
 from tfcompress.keras_hooks.quantizer import LearnedRange, MovingRange, calibrating
 from tfcompress.layers.quantize import Quantize
@@ -56,7 +56,7 @@ def calibrate(
     progress = keras.utils.Progbar(num_batches(data), verbose=verbose, unit_name="batch")
     seen = 0
     with calibrating(observed.observe):
-        for batch in input_batches(data):
+        for batch in calibration_batches(model, data):
             finite = step(keras.tree.map_structure(tf.convert_to_tensor, batch))
             seen += 1
             observed.check(finite.numpy(), seen)

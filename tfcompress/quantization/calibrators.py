@@ -291,7 +291,12 @@ def get(identifier: "str | Calibrator") -> Calibrator:
     """
     if isinstance(identifier, Calibrator):
         return identifier
-    return resolve("calibrator", identifier if isinstance(identifier, str) else None, _KNOWN)
+    if not isinstance(identifier, str):
+        raise ValueError(
+            f"calibrator={identifier!r} is none; pass one of {sorted(_KNOWN)}, or an object such "
+            "as tfcompress.quantization.calibrators.Percentile(99.9)."
+        )
+    return resolve("calibrator", identifier, _KNOWN)
 
 
 def weight_scale(

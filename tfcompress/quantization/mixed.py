@@ -17,7 +17,7 @@ import rich.progress
 import tensorflow as tf
 
 from tfcompress.artefact import replacing
-from tfcompress.batches import first_batch, input_batches
+from tfcompress.batches import calibration_batches, first_batch, input_batches
 from tfcompress.graph.expand import expand
 from tfcompress.graph.macs import macs_by_weight
 from tfcompress.keras_hooks import nodes, walk
@@ -212,7 +212,7 @@ def auto(
     include=None,
     exclude=None,
     fixed: Mapping[str, Spec] | None = None,
-    progress: bool = True,
+    verbose: int = 1,
 ) -> dict[str, Scheme | None]:
     """The scheme of each weight that loses least within a budget.
 
@@ -226,7 +226,7 @@ def auto(
         include: Glob or globs over `variable.path` of `model`; None for every kernel and embedding.
         exclude: Glob or globs to leave out.
         fixed: Glob -> the one candidate of what it matches.
-        progress: Whether to show a progress bar.
+        verbose: Whether to show a progress bar.
 
     Returns:
         Glob -> scheme, for `weights=` of `tfcompress.quantize`; see `Sensitivities.schemes`. What
@@ -240,7 +240,7 @@ def auto(
 
     >>> layers = [keras.Input((64,)), keras.layers.Dense(8, name="a"), keras.layers.Dense(8)]
     >>> model = keras.Sequential(layers, name="model")
-    >>> schemes = auto(model, np.eye(64), Budget(size=0.2), progress=False)
+    >>> schemes = auto(model, np.eye(64), Budget(size=0.2), verbose=0)
     >>> schemes["model/a/kernel"].bits
     4
 
@@ -260,7 +260,7 @@ def auto(
     cost = costs(model, unmeasured, budget, batch, activations)
     search(unmeasured.errors, cost, budget)  # Raises at once if the budget cannot be kept.
     found = sensitivities(
-        model, data, candidates, metric, include, exclude, fixed=fixed, progress=progress
+        model, data, candidates, metric, include, exclude, fixed=fixed, verbose=verbose
     )
     chosen = search(found.errors, cost, budget)
     logger.info("Chose %s", chosen)
@@ -275,7 +275,7 @@ def sensitivities(
     include=None,
     exclude=None,
     fixed: Mapping[str, Spec] | None = None,
-    progress: bool = True,
+    verbose: int = 1,
 ) -> Sensitivities:
     """Measure what a model loses when a single layer is quantized, for each layer and candidate.
 
@@ -297,7 +297,7 @@ def sensitivities(
         include: Glob or globs over `variable.path` of `model`; None for every kernel and embedding.
         exclude: Glob or globs to leave out.
         fixed: Glob -> the one candidate of the layers with a weight that it matches.
-        progress: Whether to show a progress bar.
+        verbose: Whether to show a progress bar.
 
     Returns:
         The `Sensitivities`.
@@ -309,7 +309,7 @@ def sensitivities(
     Example:
 
     >>> layers = [keras.Input((4,)), keras.layers.Dense(3, name="head")]
-    >>> found = sensitivities(keras.Sequential(layers, name="model"), np.eye(4), progress=False)
+    >>> found = sensitivities(keras.Sequential(layers, name="model"), np.eye(4), verbose=0)
     >>> errors = found.errors["model/head/kernel"]
     >>> 0 < errors["int8"] < errors["int4"]
     True
@@ -320,7 +320,7 @@ def sensitivities(
     pairs = [(path, name) for path, line in unmeasured.errors.items() for name in line]
     with _Quantizer(model, units, unmeasured.candidates) as quantizer:
         measure = _increases if callable(metric) else _distances
-        values = measure(model, data, metric, pairs, quantizer, progress)
+        values = measure(model, data, metric, pairs, quantizer, verbose)
     errors: dict[str, dict[str, float]] = {path: {} for path in units}
     for (path, name), value in zip(pairs, values, strict=True):
         errors[path][name] = _finite(value, path, name)
@@ -354,7 +354,7 @@ def costs(
 
     >>> layers = [keras.Input((4,)), keras.layers.Dense(3, name="head")]
     >>> model = keras.Sequential(layers, name="model")
-    >>> found = sensitivities(model, np.eye(4), ["int4"], progress=False)
+    >>> found = sensitivities(model, np.eye(4), ["int4"], verbose=0)
     >>> costs(model, found, Budget(size=0.5))["size"]  # 12 half bytes, 3 scales; 3 biases
     Cost(table={'model/head/kernel': {'int4': 18.0}}, rest=12.0, full=60.0)
     """
@@ -518,7 +518,7 @@ def _rounded(x, scheme: Scheme):
     return fq.fake_quant_activations(x, ranges.extremes(x), scheme)
 
 
-def _increases(model, data, metric: Metric, pairs, quantizer, progress) -> list[float]:
+def _increases(model, data, metric: Metric, pairs, quantizer, verbose) -> list[float]:
     """How much a user's metric rises."""
     if isinstance(data, Iterator):
         raise ValueError(
@@ -527,24 +527,24 @@ def _increases(model, data, metric: Metric, pairs, quantizer, progress) -> list[
         )
     baseline = float(metric(model, data))
     values = []
-    for path, name in rich.progress.track(pairs, "Sensitivities", disable=not progress):
+    for path, name in rich.progress.track(pairs, "Sensitivities", disable=not verbose):
         with quantizer.quantized(path, name):
             values.append(float(metric(model, data)) - baseline)
     return values
 
 
-def _distances(model, data, metric: str, pairs, quantizer, progress) -> np.ndarray:
+def _distances(model, data, metric: str, pairs, quantizer, verbose) -> np.ndarray:
     """How far the outputs move, over all data: an error for each pair."""
     distance, unit = _DISTANCES[metric]
     outputs = tf.function(lambda x: _outputs(model(x, training=False)), reduce_retracing=True)
     distances = tf.function(lambda a, b: tf.stack(list(map(distance, a, b))), reduce_retracing=True)
     moved, whole = 0.0, 0.0
-    bar = rich.progress.Progress(disable=not progress)
+    bar = rich.progress.Progress(disable=not verbose)
     with bar:
         num_batches = _num_batches(data)
         total = num_batches and num_batches * len(pairs)
         task = bar.add_task("Sensitivities", total=total)
-        for batch in input_batches(data):
+        for batch in calibration_batches(model, data):
             inputs = keras.tree.map_structure(_finite_tensor, batch)
             expected = outputs(inputs)
             found = []

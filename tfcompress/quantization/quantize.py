@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
+import numpy as np
 
+from tfcompress.graph.attention import split_attention
 from tfcompress.graph.expand import expand
 from tfcompress.graph.inputs import repeatable
 from tfcompress.graph.placement import place
 from tfcompress.graph.rebuild import copied, replay
 from tfcompress.keras_hooks import nodes, walk
-from tfcompress.keras_hooks.quantizer import weight_axes
+from tfcompress.keras_hooks.quantizer import range_places, weight_axes
 from tfcompress.layers.quantize import Quantize, check_scales
 from tfcompress.ops.schemes import Scheme, scheme_pair
 from tfcompress.quantization import calibrators
@@ -32,6 +34,9 @@ _MOVING_OPS = (
     "Reshape", "Transpose", "Squeeze", "ExpandDims", "GetItem", "Identity", "Flip", "Split",
     "BroadcastTo", "Repeat", "Take", "Cast", "Pad",
 )  # fmt: skip
+_ELEMENTWISE_OPS = ("Add", "Subtract", "Multiply", "Where")
+# What is added to logits to mask them is this low, or lower: -1e4 in BERT, -1e9, the least float.
+_MASKED = -1e4
 
 
 def quantize(
@@ -68,8 +73,8 @@ def quantize(
     Args:
         model: A built model that `tfcompress.expand` takes.
         weights: `"int8"`, `"int2"` to `"int8"`, a `Scheme`, or None to leave them float; `"w4a8"`
-            says the activations too; a dict of glob over `variable.path` -> any of these; or
-            `"auto"`: a scheme for each layer out of `candidates`, within `budget`.
+            says the activations too; a dict of glob over `variable.path` -> `"int8"`, a `Scheme` or
+            None; or `"auto"`: a scheme for each layer out of `candidates`, within `budget`.
         activations: `"int8"`, `"int2"` to `"int8"`, `"dynamic"`, a `Scheme`, or None to leave them
             float.
         calibration: Inputs as the model gets them: arrays, a `tf.data.Dataset`, a generator. They
@@ -121,11 +126,19 @@ def quantize(
         'weights="auto"': isinstance(weights, str) and weights == "auto",
     }
     _check_rounding(rounding)
-    _check_data(calibration, [name for name, wanted in steps.items() if wanted])
+    needed_by = [name for name, wanted in steps.items() if wanted]
+    needed_by += [] if calibrator == "minmax" else [f"calibrator={calibrator!r}"]
+    _check_data(calibration, needed_by)
     if any(steps.values()):
         calibration = repeatable(calibration)
     if steps['weights="auto"']:
         _check_budget(budget)
+    elif budget is not None:
+        raise ValueError(
+            f'quantize got {budget}, which only weights="auto" keeps to, and weights={weights!r}. '
+            'Pass weights="auto", or leave the budget out.'
+        )
+    if steps['weights="auto"']:
         weights = auto(
             model,
             calibration,
@@ -134,17 +147,25 @@ def quantize(
             activations,
             include=include,
             exclude=exclude,
-            progress=bool(verbose),
+            verbose=verbose,
         )
     weights, activations = scheme_pair(weights, activations)
+    _check_something(weights, activations)
     rounds = rounding != "nearest" or weight_calibrator is not None
-    scales = "fixed" if rounds and scales == "max" else scales
+    if rounds and scales == "lsq":
+        raise ValueError(
+            f'scales="lsq" learns the scales in training, rounding={rounding!r} with '
+            f"weight_calibrator={weight_calibrator!r} fixes them. Pass one or the other."
+        )
+    scales = "fixed" if rounds else scales
     for scheme in weights.values() if isinstance(weights, dict) else (weights,):
         check_scales(scales, scheme)
 
     flat = expand(model)
     chosen = _choose(model, flat, weights, include, exclude)
     reference = _prepared(flat, equalize, smooth, calibration, verbose)
+    if activations is not None and not activations.dynamic:
+        reference = split_attention(reference)
     settings = {"scales": scales, "percentile": percentile}
     quantized = replay(copied(reference), _Wrapping(reference, chosen, activations, settings))
     if weight_calibrator is not None:
@@ -152,7 +173,7 @@ def quantize(
     if calibration is not None:
         calibrate(quantized, calibration, calibrator, verbose)
     if rounding != "nearest":
-        round_weights(quantized, reference, calibration, rounding, progress=bool(verbose))
+        round_weights(quantized, reference, calibration, rounding, verbose=verbose)
     if bias_correction:
         correct_biases(quantized, reference, calibration, verbose)
     return quantized
@@ -181,7 +202,17 @@ def _choose(model, flat, weights, include, exclude) -> dict[str, _Chosen]:
     of_weights = weights if isinstance(weights, dict) else ()
     walk.check_globs([*(include or ()), *(exclude or ()), *of_weights], named)
     paths = {id(variable): path for path, variable in named.items()}
-    return {layer.name: _of_layer(layer, paths, by_glob, include, exclude) for layer in flat.layers}
+    chosen = {
+        layer.name: _of_layer(layer, paths, by_glob, include, exclude) for layer in flat.layers
+    }
+    left_out = any(each.stays_float for each in chosen.values())
+    if weights and left_out and not any(each.scheme for each in chosen.values()):
+        raise ValueError(
+            f"No weight of {model.name!r} is left to quantize: include={include}, "
+            f"exclude={exclude}. Expected one kernel or embedding at least; this model has: "
+            f"{', '.join(named)}."
+        )
+    return chosen
 
 
 def _of_layer(layer, paths, by_glob: Mapping, include, exclude) -> _Chosen:
@@ -226,6 +257,14 @@ def _check_rounding(rounding):
         raise ValueError(f"rounding={rounding!r} is not known; pass one of {ROUNDINGS}.")
 
 
+def _check_something(weights, activations):
+    if not weights and activations is None:
+        raise ValueError(
+            f"quantize got weights={weights!r} and activations=None, so there is nothing to do; "
+            'pass weights="int8", activations="int8", or both.'
+        )
+
+
 def _check_budget(budget):
     if not isinstance(budget, Budget):
         raise ValueError(
@@ -251,6 +290,7 @@ class _Wrapping:
         self.outputs = {p.layer.name: p.output for p in plan.placements}
         self.inputs = dict(zip((x.name for x in flat.inputs), plan.inputs, strict=True))
         self.observed = activations is not None and not activations.dynamic
+        self.left_float = _masking(flat)
         self.wrappers: dict[str, Quantize] = {}
 
     def __call__(self, call: nodes.Call, args, kwargs):
@@ -259,7 +299,8 @@ class _Wrapping:
         if isinstance(operation, keras.layers.Layer):
             return self._layer(operation)(*args, **kwargs)
         outputs = operation(*args, **kwargs)
-        if type(operation).__name__ in _MOVING_OPS or not self.observed:
+        moves = type(operation).__name__ in _MOVING_OPS
+        if moves or operation.name in self.left_float or not self.observed:
             return outputs
         return keras.tree.map_structure(lambda x: self._rounded(x, operation.name), outputs)
 
@@ -267,16 +308,18 @@ class _Wrapping:
         # Passes over the graph add layers, which have no weights of the model.
         chosen = self.chosen.get(layer.name, _Chosen(None))
         output = self.observed and self.outputs.get(layer.name, False)
+        inside = self.observed and bool(range_places(layer, output=False))
         weights = chosen.scheme if weight_axes(layer) else None
         dynamic = self.activations if weights and not self.observed else None
-        if chosen.stays_float or not (output or weights):
+        if chosen.stays_float or not (output or inside or weights):
             return layer
         if layer.name not in self.wrappers:
             self.wrappers[layer.name] = Quantize(
                 layer,
                 weights,
-                self.activations if output else dynamic,
+                self.activations if output or inside else dynamic,
                 exclude=[f"*{name}" for name in chosen.left_out] if weights else None,
+                output=output or not inside,
                 **self.settings,
             )
         return self.wrappers[layer.name]
@@ -297,3 +340,25 @@ class _Wrapping:
             identity = keras.layers.Identity(name=name, dtype=x.dtype)
             self.wrappers[name] = Quantize(identity, None, self.activations, **self.settings)
         return self.wrappers[name](x)
+
+
+def _masking(flat) -> frozenset[str]:
+    """The operations that add or write a mask: a range would hold nothing but the mask.
+
+    A softmax of what is masked is computed in float, between its own range and the logits'.
+    """
+    masks, names = set(), set()
+    for call in nodes.calls(flat):
+        arguments = keras.tree.flatten((call.args, call.kwargs))
+        if type(call.operation).__name__ not in _ELEMENTWISE_OPS:
+            continue
+        if any(id(x) in masks or _is_mask(x) for x in arguments):
+            names.add(call.operation.name)
+            masks.update(map(id, call.outputs))
+    return frozenset(names)
+
+
+def _is_mask(x) -> bool:
+    if not (isinstance(x, float | int | np.generic | np.ndarray) or keras.ops.is_tensor(x)):
+        return False
+    return bool(np.min(np.asarray(x, "float32"), initial=0.0) <= _MASKED)

@@ -40,7 +40,7 @@ def round_weights(
     calibration: Any,
     method: str | GPTQ | AdaRound = "gptq",
     seed: int = 0,
-    progress: bool = True,
+    verbose: int = 1,
 ) -> Rounding:
     """Round the weights of a quantized model to what keeps the outputs of its layers.
 
@@ -62,7 +62,7 @@ def round_weights(
             batches are kept.
         method: `"gptq"`, `"adaround"`, or `GPTQ(...)`, `AdaRound(...)`.
         seed: For AdaRound: chooses what is learned from. Equal seeds give equal weights.
-        progress: Whether to show a progress bar.
+        verbose: Whether to show a progress bar.
 
     Returns:
         What was gained for each weight, and which weights were left to be rounded to nearest.
@@ -80,7 +80,7 @@ def round_weights(
     >>> wrapped = Quantize(keras.layers.Dense(3, name="head"), "int4", None, scales="fixed")
     >>> quantized = keras.Sequential([keras.Input((4,)), wrapped])
     >>> data = np.random.default_rng(0).normal(size=(64, 2)) @ np.ones((2, 4)) + np.eye(64, 4)
-    >>> rounding = round_weights(quantized, model, data, progress=False)
+    >>> rounding = round_weights(quantized, model, data, verbose=0)
     >>> [error < 1 for error in rounding.errors.values()], rounding.skipped
     ([True], {})
 
@@ -94,7 +94,7 @@ def round_weights(
     variables = [each for weight in weights.values() for each in (weight.variable, weight.scale)]
     before = [variable.numpy() for variable in variables]
     calibration = repeatable(calibration)
-    bar = keras.utils.Progbar(len(weights), unit_name="weight", verbose=int(progress))
+    bar = keras.utils.Progbar(len(weights), unit_name="weight", verbose=verbose)
     try:
         for pair in pairs:
             _start_from_float(pair)

@@ -2,13 +2,14 @@
 
 import dataclasses
 import logging
+import numbers
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
-from tfcompress.batches import input_batches, num_batches
+from tfcompress.batches import calibration_batches, num_batches
 from tfcompress.graph.channels import Values, obstacle
 from tfcompress.graph.expand import expand
 from tfcompress.graph.rebuild import Uses, copied
@@ -67,7 +68,7 @@ def smooth(
 
     Reference: Xiao et al. 2022, https://arxiv.org/abs/2211.10438.
     """
-    if not 0 <= alpha <= 1:
+    if not isinstance(alpha, numbers.Real) or not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha!r}; 0.5 is usual.")
     flat = copied(expand(model))
     smoothings, skipped = _find(flat)
@@ -174,7 +175,7 @@ def _largest_inputs(flat, norms, calibration, verbose) -> list[np.ndarray]:
     bar = keras.utils.Progbar(num_batches(calibration), unit_name="batch", verbose=verbose)
     batches = 0
     with attached(zip(norms, map(tap, largest), strict=True)):
-        for batch in input_batches(calibration):
+        for batch in calibration_batches(flat, calibration):
             step(keras.tree.map_structure(tf.convert_to_tensor, batch))
             bar.add(1)
             batches += 1
