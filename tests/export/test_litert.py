@@ -736,3 +736,16 @@ def test_differences_that_precision_explains_are_none():
 def test_quantize_wrappers_of_users_need_a_first_one_on_the_input(tmp_path):
     model, x = trained(chain(Quantize(layers.Identity()), Quantize(layers.Dense(4)), shape=(8,)))
     assert export(model, tmp_path / "m.tflite", verify_on=x).float_operators == ()
+
+
+def test_a_channel_of_one_weight_leaves_the_others_their_8_bits(tmp_path):
+    rng = np.random.default_rng(0)
+    model = keras.Sequential([keras.Input((32,)), keras.layers.Dense(16, name="dense")])
+    kernel = rng.normal(size=(32, 16)).astype("float32")
+    kernel[1:, 3] = 0.0
+    kernel[:, 5] = 0.0
+    model.layers[0].kernel.assign(kernel)
+    x = rng.normal(size=(256, 32)).astype("float32")
+    artefact = export(model, tmp_path / "m.tflite", "int8", calibration=x)
+    expected = model.predict(x, verbose=0)
+    assert np.abs(artefact(x) - expected).max() < 0.03 * np.abs(expected).max()

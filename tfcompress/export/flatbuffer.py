@@ -16,6 +16,8 @@ _HALF_STEP = 0.51
 # Of a step of the weights' grid. Float32 rounding stays below a tenth of it.
 _TOLERANCE = 1e-3
 _SAMPLE = 64
+# Of a step of the output: what rounding a bias may add in 4 bits, whose steps are coarse.
+_BIAS_ERROR = 0.1
 # Where operators have their weights and their bias, among their inputs.
 _WEIGHTS = {
     "FULLY_CONNECTED": (1, 2),
@@ -150,7 +152,8 @@ class _Regrid:
             return
         sign, rows = found
         readers = self._readers(operator.inputs[place])
-        pack = np.all(rows.steps <= _LARGEST_INT4) and all(self._takes_int4(o) for o in readers)
+        fits = np.all((rows.steps > 0) & (rows.steps <= _LARGEST_INT4))
+        pack = fits and all(self._takes_int4(o, tensor, rows) for o in readers)
         # A multiple of the grid's integers is as exact, and keeps the steps of the bias fine.
         factor = 1 if pack else np.maximum(_LARGEST // np.maximum(rows.steps, 1), 1)
         largest = np.where(rows.steps == 0, _LARGEST, rows.steps * factor)
@@ -164,13 +167,25 @@ class _Regrid:
     def _readers(self, index):
         return [o for o in self.graph.operators if index in np.atleast_1d(o.inputs)]
 
-    def _takes_int4(self, operator) -> bool:
+    def _takes_int4(self, operator, weights, rows) -> bool:
         name = self.file.name(operator)
         if name not in self.int4 or name not in _INT4_VERSIONS:
             return False
-        quantized = self.graph.tensors[operator.inputs[0]].type == self.file.types.INT8
-        # LiteRT has no kernel for a depthwise convolution of floats with 4-bit weights.
-        return quantized or name != "DEPTHWISE_CONV_2D"
+        if self.graph.tensors[operator.inputs[0]].type != self.file.types.INT8:
+            # LiteRT has no kernel for a depthwise convolution of floats with 4-bit weights.
+            return name != "DEPTHWISE_CONV_2D"
+        return self._bias_is_fine(operator, weights, rows)
+
+    def _bias_is_fine(self, operator, weights, rows) -> bool:
+        """Whether the steps of the bias, those of input times weights, stay below the output's."""
+        source, target = (
+            self.graph.tensors[each].quantization.scale[0]
+            for each in (operator.inputs[0], operator.outputs[0])
+        )
+        largest = np.abs(rows.values).max(axis=1)
+        scale = np.asarray(weights.quantization.scale) * _LARGEST / rows.steps
+        steps = np.where(largest > 0, source * scale, 0.0)
+        return bool(steps.max() / 2 <= _BIAS_ERROR * target)
 
     def _follow(self, operator, name):
         """The scale of a bias is that of the input times that of the weights."""
