@@ -1,6 +1,7 @@
 """Exports to OpenVINO, run in OpenVINO."""
 
 import os
+import subprocess
 import sys
 import warnings
 
@@ -125,3 +126,16 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(ImportError, match=r"'openvino'.*pip install \"tfcompress\[openvino\]\""):
         export(networks.dense(), tmp_path / "m.xml", verify_on=np.zeros((2, 28, 28, 1)))
+
+
+def test_importing_openvino_leaves_no_process_behind():
+    code = (
+        "import multiprocessing, os; from tfcompress.export import openvino;"
+        "openvino._openvino('openvino');"
+        "print(len(multiprocessing.active_children()), os.environ.get('CI'))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "CI"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["0", "None"]

@@ -31,8 +31,20 @@ _MOVES = (
 )  # fmt: skip
 
 
+def _openvino(module: str):
+    """A module of OpenVINO. Its telemetry forks this process at import, and stays off."""
+    before = os.environ.get("CI")
+    os.environ["CI"] = "true"
+    try:
+        return require(module, extra="openvino")
+    finally:
+        os.environ.pop("CI")
+        if before is not None:
+            os.environ["CI"] = before
+
+
 def _write(program: Program, precision: str, path: pathlib.Path, workspace: pathlib.Path) -> None:
-    openvino = require("openvino", extra="openvino")
+    openvino = _openvino("openvino")
     program.save(workspace / "model")
     converted = workspace / "converted.xml"
     convert(
@@ -50,7 +62,7 @@ def _write(program: Program, precision: str, path: pathlib.Path, workspace: path
 
 def _in_order(model, names: list[str]):
     """The model with its inputs in the order of Keras."""
-    openvino = require("openvino", extra="openvino")
+    openvino = _openvino("openvino")
     by_name = {port.any_name: port.get_node() for port in model.inputs}
     parameters = [by_name[name] for name in names]
     return openvino.Model(model.get_results(), parameters, model.get_friendly_name())
@@ -80,7 +92,7 @@ def store_integers(model) -> None:
 
 def _stored(weight: np.ndarray, axes: tuple[int, ...]):
     """The weight as integers with what makes them real, or None where it lies on no grid."""
-    ops = require("openvino.opset13", extra="openvino")
+    ops = _openvino("openvino.opset13")
     axes = tuple(axis % weight.ndim for axis in axes)
     others = tuple(axis for axis in range(weight.ndim) if axis not in axes)
     shape = [weight.shape[axis] for axis in axes]
@@ -124,7 +136,7 @@ class OpenVinoRunner(NamedRunner):
 
 
 def _compiled(path, num_threads=1):
-    openvino = require("openvino", extra="openvino")
+    openvino = _openvino("openvino")
     config = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
     if num_threads is not None:
         config["INFERENCE_NUM_THREADS"] = num_threads
@@ -188,7 +200,7 @@ def _reader(operator):
 
 
 def _model(path: pathlib.Path):
-    openvino = require("openvino", extra="openvino")
+    openvino = _openvino("openvino")
     try:
         return openvino.Core().read_model(path)
     except RuntimeError as error:

@@ -76,8 +76,14 @@ class ConversionProcess:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            # Conversion runs on the CPU; a GPU belongs to the process that trains.
-            env={"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
+            # Conversion runs on the CPU; a GPU belongs to the process that trains. `CI` keeps the
+            # telemetry of OpenVINO off, whose forks of this process would never end.
+            env={
+                "TF_CPP_MIN_LOG_LEVEL": "2",
+                **os.environ,
+                "CUDA_VISIBLE_DEVICES": "-1",
+                "CI": "true",
+            },
         )
 
     def _ask(self, line: str, converter: str) -> dict:
