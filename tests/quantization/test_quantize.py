@@ -218,6 +218,10 @@ def test_a_part_of_a_layer_may_stay_float():
     quantized = quantize(model, exclude="*depthwise_kernel")
     (weight,) = quantized.get_layer("quantize_conv").quantizer.weights
     assert weight.variable.name == "pointwise_kernel"
+    lstm = keras.Sequential([keras.Input((5, 3)), layers.LSTM(2, name="lstm")])
+    quantized = quantize(lstm, exclude="*lstm_cell/kernel")
+    (weight,) = quantized.get_layer("quantize_lstm").quantizer.weights
+    assert weight.variable.name == "recurrent_kernel"
     with pytest.raises(ValueError, match="of one layer have several schemes"):
         quantize(model, {"*depthwise_kernel": "int8", "*": "int4"})
 

@@ -318,7 +318,7 @@ class _Wrapping:
                 layer,
                 weights,
                 self.activations if output or inside else dynamic,
-                exclude=[f"*{name}" for name in chosen.left_out] if weights else None,
+                exclude=[f"*/{name}" for name in chosen.left_out] if weights else None,
                 output=output or not inside,
                 **self.settings,
             )
