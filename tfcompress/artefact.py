@@ -282,7 +282,8 @@ class LiteRTRunner:
 
     def __call__(self, inputs):
         """Run on one array, a list in the model's order or a dict by name; same kind out."""
-        arrays = self._named(inputs)
+        named = by_input(self.path, self.inputs, inputs)
+        arrays = {name: _store(value, self.inputs[name]) for name, value in named.items()}
         self._resize({name: array.shape for name, array in arrays.items()})
         for name, array in arrays.items():
             self._interpreter.set_tensor(self.inputs[name]["index"], array)
@@ -304,22 +305,6 @@ class LiteRTRunner:
         order = {d["index"]: position for position, d in enumerate(details)}
         named = self._by_signature("inputs", details)
         return dict(sorted(named.items(), key=lambda item: order[item[1]["index"]]))
-
-    def _named(self, inputs) -> dict[str, np.ndarray]:
-        if not isinstance(inputs, dict):
-            arrays = inputs if isinstance(inputs, list | tuple) else [inputs]
-            if len(arrays) != len(self.inputs):
-                raise ValueError(
-                    f"{str(self.path)!r} has {len(self.inputs)} inputs {list(self.inputs)}, "
-                    f"{len(arrays)} were passed. Pass one array for each, in this order."
-                )
-            inputs = dict(zip(self.inputs, arrays, strict=True))
-        if set(inputs) != set(self.inputs):
-            raise ValueError(
-                f"{str(self.path)!r} has the inputs {list(self.inputs)}, {list(inputs)} were "
-                "passed. Pass a dict with exactly these names."
-            )
-        return {name: _store(value, self.inputs[name]) for name, value in inputs.items()}
 
     def _resize(self, shapes: dict[str, tuple[int, ...]]) -> None:
         if shapes == self._shapes:
@@ -344,6 +329,37 @@ class LiteRTRunner:
         if not scale:
             return values
         return ((values.astype(np.float32) - zero_point) * scale).astype(np.float32)
+
+
+def by_input(path: pathlib.Path, names: Iterable[str], inputs) -> dict[str, Any]:
+    """What is passed to a runner, by the names of its inputs.
+
+    Args:
+        path: The file, for messages.
+        names: In the order of the model.
+        inputs: One array, a list in this order, or a dict by name.
+
+    Returns:
+        A dict in the order of `names`, or as it was passed.
+
+    Raises:
+        ValueError: There are more or fewer arrays, or other names.
+    """
+    names = list(names)
+    if not isinstance(inputs, dict):
+        arrays = inputs if isinstance(inputs, list | tuple) else [inputs]
+        if len(arrays) != len(names):
+            raise ValueError(
+                f"{str(path)!r} has {len(names)} inputs {names}, "
+                f"{len(arrays)} were passed. Pass one array for each, in this order."
+            )
+        inputs = dict(zip(names, arrays, strict=True))
+    if set(inputs) != set(names):
+        raise ValueError(
+            f"{str(path)!r} has the inputs {names}, {list(inputs)} were "
+            "passed. Pass a dict with exactly these names."
+        )
+    return inputs
 
 
 def _store(value, details: dict) -> np.ndarray:

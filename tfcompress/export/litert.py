@@ -302,16 +302,12 @@ def _verify(program: Program, artefact: Artefact, batch, integer, calibrated) ->
     actual = by_name(runner(batch), runner)
     expected = program.simulation()(batch)
     exact = integer and has_ranges(program.quantizers) and not left_in_float
-    differences, steps = [0.0], []
-    for name, value in expected.items():
-        scale = verify.output_scale(file, runner.outputs[name]["name"])
-        verify.check_output(name, actual[name], value, artefact.precision, scale if exact else None)
-        differences.append(float(np.max(np.abs(actual[name] - value.astype(np.float64)))))
-        steps += [differences[-1] / scale.step] if scale.step else []
+    scales = {name: verify.output_scale(file, runner.outputs[name]["name"]) for name in expected}
+    difference, steps = verify.compare(actual, expected, artefact.precision, scales, exact)
     return dataclasses.replace(
         artefact,
-        max_abs_diff=max(differences),
-        output_steps=max(steps, default=None),
+        max_abs_diff=difference,
+        output_steps=steps,
         float_operators=left_in_float,
         latency_ms=verify.latency_ms(runner, batch, program.inputs[0].shape[0]),
     )

@@ -224,18 +224,16 @@ def _verify(target: Target, program: Program, artefact: Artefact, batch) -> Arte
     runner = artefact.runner()
     actual, expected = by_name(runner(batch), runner), program.simulation()(batch)
     scales = program.output_scales() if integer else {}
-    differences, steps = [0.0], []
-    for name, value in expected.items():
-        scale = scales.get(name, verify.OutputScale(None))
-        scale = dataclasses.replace(scale, steps=target.steps)
-        exact = integer and not left_in_float
-        verify.check_output(name, actual[name], value, artefact.precision, scale if exact else None)
-        differences.append(float(np.max(np.abs(actual[name] - value.astype(np.float64)))))
-        steps += [differences[-1] / scale.step] if scale.step else []
+    exact = integer and not left_in_float
+    scales = {
+        name: dataclasses.replace(scales.get(name, verify.OutputScale(None)), steps=target.steps)
+        for name in expected
+    }
+    difference, steps = verify.compare(actual, expected, artefact.precision, scales, exact)
     return dataclasses.replace(
         artefact,
-        max_abs_diff=max(differences),
-        output_steps=max(steps, default=None),
+        max_abs_diff=difference,
+        output_steps=steps,
         float_operators=left_in_float,
         latency_ms=verify.latency_ms(runner, batch, program.inputs[0].shape[0]),
     )
@@ -265,23 +263,8 @@ class NamedRunner:
 
     def __call__(self, inputs):
         """Run it; the outputs are one array, a list, or a dict by name, as the model gives them."""
-        found = self._run(self._named(inputs))
+        named = artefacts.by_input(self.path, self.inputs, inputs)
+        found = self._run(
+            {name: np.ascontiguousarray(named[name], dtype) for name, dtype in self.inputs.items()}
+        )
         return artefacts.restructure({name: np.asarray(found[name]) for name in self.outputs})
-
-    def _named(self, inputs) -> dict[str, np.ndarray]:
-        if not isinstance(inputs, dict):
-            arrays = inputs if isinstance(inputs, list | tuple) else [inputs]
-            if len(arrays) != len(self.inputs):
-                raise ValueError(
-                    f"{str(self.path)!r} has {len(self.inputs)} inputs {list(self.inputs)}, "
-                    f"{len(arrays)} were passed. Pass one array for each, in this order."
-                )
-            inputs = dict(zip(self.inputs, arrays, strict=True))
-        if set(inputs) != set(self.inputs):
-            raise ValueError(
-                f"{str(self.path)!r} has the inputs {list(self.inputs)}, {list(inputs)} were "
-                "passed. Pass a dict with exactly these names."
-            )
-        return {
-            name: np.ascontiguousarray(inputs[name], dtype) for name, dtype in self.inputs.items()
-        }

@@ -143,6 +143,37 @@ def _path(operator: Operator) -> str:
     return operator.outputs[0].name.split(";")[0]
 
 
+def compare(
+    actual: Mapping[str, np.ndarray],
+    expected: Mapping[str, np.ndarray],
+    precision: str,
+    scales: Mapping[str, OutputScale],
+    exact: bool,
+) -> tuple[float, float | None]:
+    """Check every output of a file.
+
+    Args:
+        actual: What the file computes, by output.
+        expected: What the model computes.
+        precision: What the file was exported as.
+        scales: How finely each output is written.
+        exact: Whether `expected` is the simulation of this very file; see `check_output`.
+
+    Returns:
+        The largest difference, and the same in steps, or None where no output has any.
+
+    Raises:
+        ExportError: One of them differs by more than the precision explains.
+    """
+    differences, steps = [0.0], []
+    for name, value in expected.items():
+        scale = scales[name]
+        check_output(name, actual[name], value, precision, scale if exact else None)
+        differences.append(float(np.max(np.abs(actual[name] - value.astype(np.float64)))))
+        steps += [differences[-1] / scale.step] if scale.step else []
+    return max(differences), max(steps, default=None)
+
+
 def check_output(
     name: str, actual, expected, precision: str, scale: OutputScale | None = None
 ) -> None:

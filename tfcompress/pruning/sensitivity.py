@@ -3,11 +3,8 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import logging
 import math
-import os
-import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,13 +13,13 @@ import numpy as np
 import rich.progress
 import tensorflow as tf
 
-from tfcompress.artefact import replacing
 from tfcompress.graph.roles import Prunable, prunable
 from tfcompress.keras_hooks.walk import select_kernels
 from tfcompress.ops import allocation as allocations
 from tfcompress.ops import criteria, structures
 from tfcompress.ops.masks import Units, apply_mask
 from tfcompress.pruning.budget import as_globs, least_damage
+from tfcompress.values import SavedValue
 
 logger = logging.getLogger("tfcompress")
 
@@ -39,7 +36,7 @@ _HIGHER = ("acc", "auc", "precision", "recall", "f1", "fbeta", "iou", "io_u", "t
 
 @keras.saving.register_keras_serializable(package="tfcompress")
 @dataclasses.dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(SavedValue):
     """What a metric is when a single weight is pruned to each of some sparsities.
 
     Args:
@@ -177,53 +174,11 @@ class Sensitivity:
             for sparsity, value in zip(self.sparsities, values, strict=True)
         ]
 
-    def get_config(self) -> dict[str, Any]:
-        """The constructor arguments, of which JSON can hold all."""
-        return dataclasses.asdict(self)
-
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Sensitivity":
         """The result that `get_config` described."""
         values = {path: tuple(each) for path, each in config["values"].items()}
         return cls(**{**config, "sparsities": tuple(config["sparsities"]), "values": values})
-
-    def save(self, path: str | os.PathLike) -> pathlib.Path:
-        """Write it to a JSON file.
-
-        Args:
-            path: The file; it is written whole or not at all.
-
-        Returns:
-            The path.
-
-        Raises:
-            ValueError: The file cannot be written there.
-        """
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(self.get_config(), indent=1), encoding="utf-8")
-        return pathlib.Path(path)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "Sensitivity":
-        """Read what `save` wrote.
-
-        Args:
-            path: The JSON file.
-
-        Returns:
-            A `Sensitivity`.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: The file holds something else.
-        """
-        try:
-            return cls.from_config(json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"{str(path)!r} holds no Sensitivity: {error}. Pass a file that Sensitivity.save "
-                "wrote."
-            ) from error
 
 
 def sensitivity(

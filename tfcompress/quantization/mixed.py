@@ -3,11 +3,8 @@
 import contextlib
 import dataclasses
 import glob
-import json
 import logging
 import math
-import os
-import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +13,6 @@ import numpy as np
 import rich.progress
 import tensorflow as tf
 
-from tfcompress.artefact import replacing
 from tfcompress.batches import calibration_batches, first_batch, input_batches
 from tfcompress.graph.expand import expand
 from tfcompress.graph.macs import macs_by_weight
@@ -28,7 +24,7 @@ from tfcompress.ops import fake_quant as fq
 from tfcompress.ops import ranges
 from tfcompress.ops.schemes import Scheme, activation_scheme, scheme_pair, weight_scheme
 from tfcompress.quantization.assignment import Budget, Cost, search
-from tfcompress.values import Value
+from tfcompress.values import SavedValue, Value
 
 logger = logging.getLogger("tfcompress")
 
@@ -100,7 +96,7 @@ def _differences(scheme: Scheme | None, usual: Scheme) -> list[str]:
 
 @keras.saving.register_keras_serializable(package="tfcompress")
 @dataclasses.dataclass(frozen=True)
-class Sensitivities:
+class Sensitivities(SavedValue):
     """What quantizing a single layer does to a model, for each layer and candidate.
 
     Args:
@@ -152,54 +148,12 @@ class Sensitivities:
             for member in self.members[path]
         }
 
-    def get_config(self) -> dict[str, Any]:
-        """The constructor arguments, of which JSON can hold all."""
-        return dataclasses.asdict(self)
-
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Sensitivities":
         """The result that `get_config` described."""
         candidates = {k: Candidate.from_config(each) for k, each in config["candidates"].items()}
         members = {path: tuple(each) for path, each in config["members"].items()}
         return cls(**{**config, "candidates": candidates, "members": members})
-
-    def save(self, path: str | os.PathLike) -> pathlib.Path:
-        """Write it to a JSON file.
-
-        Args:
-            path: The file; it is written whole or not at all.
-
-        Returns:
-            The path.
-
-        Raises:
-            ValueError: The file cannot be written there.
-        """
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(self.get_config(), indent=1), encoding="utf-8")
-        return pathlib.Path(path)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "Sensitivities":
-        """Read what `save` wrote.
-
-        Args:
-            path: The JSON file.
-
-        Returns:
-            The `Sensitivities`.
-
-        Raises:
-            FileNotFoundError: There is no such file.
-            ValueError: The file holds something else.
-        """
-        try:
-            return cls.from_config(json.loads(pathlib.Path(path).read_text(encoding="utf-8")))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"{str(path)!r} holds no Sensitivities: {error}. Pass a file that "
-                "Sensitivities.save wrote."
-            ) from error
 
 
 def auto(
