@@ -13,6 +13,18 @@ def classification(num_examples=96, num_features=12, num_classes=3, seed=0):
     return x, y.astype("int32")
 
 
+def correlated(rows, features, seed=0):
+    """Inputs that share a few causes, as activations do."""
+    random = np.random.default_rng(seed)
+    causes = random.normal(size=(rows, max(features // 3, 1)))
+    mixed = causes @ random.normal(size=(causes.shape[1], features))
+    return mixed + 0.3 * random.normal(size=(rows, features))
+
+
+def matrix(features, outputs, seed=1):
+    return np.random.default_rng(seed).normal(size=(features, outputs))
+
+
 def mlp(num_features=12, num_classes=3):
     """Two dense layers, built."""
     return keras.Sequential(

@@ -33,19 +33,20 @@ def input_batches(data: Any, batch_size: int = 32) -> Iterator[Any]:
         yield keras.tree.map_structure(_array, inputs)
 
 
-def calibration_batches(model: keras.Model, data: Any) -> Iterator[Any]:
-    """`input_batches`, where the first that does not fit the model, and endless data, are refused.
+def calibration_batches(model: keras.Model | None, data: Any) -> Iterator[Any]:
+    """`input_batches`, where what does not fit the model, and empty or endless data, is refused.
 
     Args:
-        model: What they are for. Of a subclassed one it is not known what fits.
+        model: What they are for. Of a subclassed one it is not known what fits; None to take
+            whatever comes.
         data: See `input_batches`.
 
     Yields:
         See `input_batches`.
 
     Raises:
-        ValueError: A batch has other arrays, names or shapes than the inputs of the model, or the
-            dataset repeats forever.
+        ValueError: A batch has other arrays, names or shapes than the inputs of the model, there
+            is none, or the dataset repeats forever.
 
     Example:
 
@@ -58,7 +59,7 @@ def calibration_batches(model: keras.Model, data: Any) -> Iterator[Any]:
         raise ValueError(
             "The calibration dataset repeats forever; pass dataset.take(n), some hundred examples."
         )
-    wanted = _wanted(model)
+    wanted, batch = _wanted(model), None
     for batch in input_batches(data):
         if wanted is not None and not _fits(batch, wanted):
             raise ValueError(
@@ -68,6 +69,8 @@ def calibration_batches(model: keras.Model, data: Any) -> Iterator[Any]:
                 "generator, a tf.data.Dataset or a list of tuples (inputs,)."
             )
         yield batch
+    if batch is None:
+        raise ValueError("The calibration data holds no batch; pass some hundred inputs.")
 
 
 def _wanted(model):

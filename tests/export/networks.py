@@ -1,17 +1,29 @@
 """Small networks trained on digits, and what their files must hold to."""
 
 import functools
+import warnings
 
 import keras
 import numpy as np
 from keras import layers
 
 from tfcompress.callbacks import QuantizationAwareTraining
+from tfcompress.export import export
 from tfcompress.keras_hooks.overlay import attached
 from tfcompress.keras_hooks.quantizer import recall
 from tfcompress.zoo import mnist5k
 
 IMAGE, ROWS = (28, 28, 1), (28, 28)
+
+
+def quietly(*args, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return export(*args, **options)
+
+
+def kinds(artefact):
+    return {name.split(" (")[0] for name in artefact.float_operators}
 
 
 def chain(*operations, shape=IMAGE):

@@ -2,7 +2,6 @@
 
 import os
 import sys
-import warnings
 
 import keras
 import numpy as np
@@ -20,26 +19,16 @@ from tfcompress.export.verify import OutputScale, check_output
 INTEGER = {networks.transposed: {"ConvTranspose"}}
 
 
-def quietly(*args, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return export(*args, **options)
-
-
-def kinds(artefact):
-    return {name.split(" (")[0] for name in artefact.float_operators}
-
-
 @pytest.mark.parametrize("make", networks.NETWORKS)
 def test_int8_is_within_two_steps_of_the_simulation_on_500_inputs(make, tmp_path):
     model, x, held_out = networks.trained_to_int8(make)
-    artefact = quietly(model, tmp_path / "m.onnx", verify_on=x[:50])
+    artefact = networks.quietly(model, tmp_path / "m.onnx", verify_on=x[:50])
     steps = networks.check_bars(artefact, model, held_out, 2)
     if make is networks.attention:
-        assert {"Softmax", "MatMul"} <= kinds(artefact)
+        assert {"Softmax", "MatMul"} <= networks.kinds(artefact)
         assert np.mean(steps < 1.01) > 0.99
     else:
-        assert kinds(artefact) == INTEGER.get(make, set())
+        assert networks.kinds(artefact) == INTEGER.get(make, set())
     kernels = sorted(w.shape.num_elements() for w in model.weights if w.name == "kernel")
     weights = [t for t in artefact.tensors() if t.params > 100]
     assert {t.dtype for t in weights} <= {"int8", "uint8"}
@@ -48,7 +37,7 @@ def test_int8_is_within_two_steps_of_the_simulation_on_500_inputs(make, tmp_path
 
 def test_batches_of_any_size(tmp_path):
     model, x, held_out = networks.trained_to_int8(networks.conv2d)
-    artefact = quietly(model, tmp_path / "m.onnx", verify_on=x[:50])
+    artefact = networks.quietly(model, tmp_path / "m.onnx", verify_on=x[:50])
     whole = artefact(held_out[:7])
     assert whole.shape == (7, 10)
     np.testing.assert_array_equal(artefact(held_out[3:4]), whole[3:4])
@@ -59,7 +48,7 @@ def test_batches_of_any_size(tmp_path):
 def test_fewer_bits_are_kept_in_integers_of_8(weights, activations, tmp_path):
     qat = QuantizationAwareTraining(weights=weights, activations=activations)
     model, x, held_out = networks.trained(networks.conv2d, qat, epochs=1)
-    artefact = quietly(model, tmp_path / "m.onnx", verify_on=x[:50])
+    artefact = networks.quietly(model, tmp_path / "m.onnx", verify_on=x[:50])
     assert artefact.float_operators == ()
     step = artefact.max_abs_diff / artefact.output_steps if artefact.output_steps else 1.0
     difference = np.abs(artefact(held_out) - networks.simulate(model, held_out))
@@ -71,7 +60,7 @@ def test_fewer_bits_are_kept_in_integers_of_8(weights, activations, tmp_path):
 def test_weights_are_those_of_the_simulation_and_pruned_zeros_are_zeros(tmp_path):
     pruning = Pruning(0.75, frequency=1)
     model, x, _ = networks.trained(networks.dense, pruning, QuantizationAwareTraining(), epochs=1)
-    artefact = quietly(model, tmp_path / "m.onnx", verify_on=x[:50])
+    artefact = networks.quietly(model, tmp_path / "m.onnx", verify_on=x[:50])
     kernels = {k.shape: k for k in model.get_weights() if k.ndim == 2}
     stored = {t.shape: t for t in artefact.tensors() if len(t.shape) == 2}
     assert stored.keys() == kernels.keys()
@@ -94,7 +83,7 @@ def test_sums_of_the_largest_products_do_not_overflow(tmp_path):
 @pytest.mark.parametrize("make", [networks.conv2d, networks.attention, networks.embedding])
 def test_a_float_model_gets_its_ranges_from_calibration(make, tmp_path):
     model, x, held_out = networks.trained(make, epochs=1)
-    artefact = quietly(
+    artefact = networks.quietly(
         model, tmp_path / "m.onnx", calibration=(x[i : i + 50] for i in range(0, 512, 50))
     )
     assert artefact.precision == "int8"
@@ -120,7 +109,7 @@ def test_precisions_differ_in_size(tmp_path):
     model = networks.chain(layers.Dense(256), layers.Dense(64), shape=(64,))
     x = np.random.default_rng(0).normal(size=(64, 64)).astype("float32")
     sizes = [
-        quietly(model, tmp_path / "m.onnx", precision, x).bytes
+        networks.quietly(model, tmp_path / "m.onnx", precision, x).bytes
         for precision in ("float32", "float16", "int8")
     ]
     assert sizes[0] > 1.8 * sizes[1] > 1.8 * 1.6 * sizes[2]

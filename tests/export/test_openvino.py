@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import warnings
 
 import keras
 import numpy as np
@@ -17,26 +16,16 @@ from tfcompress.export import ExportError, export
 from tfcompress.export import openvino as exporter
 
 
-def quietly(*args, **options):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return export(*args, **options)
-
-
-def kinds(artefact):
-    return {name.split(" (")[0] for name in artefact.float_operators}
-
-
 @pytest.mark.parametrize("make", networks.NETWORKS)
 def test_int8_is_within_four_steps_of_the_simulation_on_500_inputs(make, tmp_path):
     model, x, held_out = networks.trained_to_int8(make)
-    artefact = quietly(model, tmp_path / "m.xml", verify_on=x[:50])
+    artefact = networks.quietly(model, tmp_path / "m.xml", verify_on=x[:50])
     steps = networks.check_bars(artefact, model, held_out, 4)
     if make is networks.attention:
-        assert "Softmax" in kinds(artefact)
+        assert "Softmax" in networks.kinds(artefact)
         assert np.mean(steps < 2.01) > 0.99
     else:
-        assert kinds(artefact) == set()
+        assert networks.kinds(artefact) == set()
     assert "int8" in {t.dtype for t in artefact.tensors()}
     large = [t for t in artefact.tensors() if len(t.shape) > 1 and t.params > 100]
     assert {t.dtype for t in large} == {"int8"}

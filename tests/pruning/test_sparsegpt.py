@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.benchmarks.reconstruction import measure, trained_on_digits
-from tests.models import kernels, mlp, nested, subclassed
+from tests.models import correlated, kernels, matrix, mlp, nested, subclassed
 from tfcompress.keras_hooks.overlay import all_layers
 from tfcompress.ops.structures import NofM
 from tfcompress.pruning.sparsegpt import (
@@ -18,18 +18,6 @@ from tfcompress.pruning.sparsegpt import (
     reconstruct,
     sparsegpt,
 )
-
-
-def correlated(rows, features, seed=0):
-    """Inputs that share a few causes, as activations do."""
-    random = np.random.default_rng(seed)
-    causes = random.normal(size=(rows, max(features // 3, 1)))
-    mixed = causes @ random.normal(size=(causes.shape[1], features))
-    return mixed + 0.3 * random.normal(size=(rows, features))
-
-
-def matrix(features, outputs, seed=1):
-    return np.random.default_rng(seed).normal(size=(features, outputs))
 
 
 def squared_error(x, weight, new):

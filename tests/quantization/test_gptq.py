@@ -8,19 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.models import correlated, matrix
 from tfcompress.quantization.gptq import GPTQ, gptq
-
-
-def correlated(rows, features, seed=0):
-    """Inputs that share a few causes, as activations do."""
-    random = np.random.default_rng(seed)
-    causes = random.normal(size=(rows, max(features // 3, 1)))
-    mixed = causes @ random.normal(size=(causes.shape[1], features))
-    return mixed + 0.3 * random.normal(size=(rows, features))
-
-
-def matrix(features, outputs, seed=1):
-    return np.random.default_rng(seed).normal(size=(features, outputs))
 
 
 def nearest(w, scale, limits):

@@ -9,7 +9,6 @@ import collections
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tfcompress.batches import input_batches
+from tfcompress.batches import calibration_batches
 from tfcompress.keras_hooks.hook import add_hook
 from tfcompress.keras_hooks.overlay import all_layers
 from tfcompress.keras_hooks.quantizer import contracted_axes
@@ -250,7 +249,7 @@ def call_stages(
         previous = inputs
 
     with _recording(kernels, record):
-        _run(model, next(calibration_batches(calibration), None))
+        _run(model, next(calibration_batches(None, calibration)))
     counts = collections.Counter(calls)
     stages: list[Stage] = []
     for path in dict.fromkeys([*calls, *kernels]):
@@ -305,22 +304,6 @@ def watch_calls(
             _run(model, batch)
 
 
-def calibration_batches(calibration: Any) -> Iterator:
-    """`tfcompress.batches.input_batches`, but an endless dataset is refused.
-
-    Example:
-
-    >>> [len(batch) for batch in calibration_batches(np.ones((40, 3)))]
-    [32, 8]
-    """
-    endless = tf.data.INFINITE_CARDINALITY
-    if isinstance(calibration, tf.data.Dataset) and int(calibration.cardinality()) == endless:
-        raise ValueError(
-            "The calibration dataset repeats forever; pass dataset.take(n), some hundred examples."
-        )
-    return input_batches(calibration)
-
-
 def repeatable(calibration: Any) -> Any:
     """Data that can be iterated over more than once: the batches of an iterator are kept.
 
@@ -332,6 +315,7 @@ def repeatable(calibration: Any) -> Any:
 
     Example:
 
+    >>> from tfcompress.batches import input_batches
     >>> data = repeatable(iter([np.ones((2, 3)), np.ones((1, 3))]))
     >>> [[len(batch) for batch in input_batches(data)] for _ in range(2)]
     [[2, 1], [2, 1]]
@@ -450,10 +434,8 @@ def _accumulate(model, kernels, calibration, statistic, last=None) -> dict[str, 
         if kernel.path == last:
             raise _Reached
 
-    batches = calibration_batches(calibration)
-    first = next(batches, None)
     with _recording(kernels, record):
-        for batch in itertools.chain([first], batches):
+        for batch in calibration_batches(None, calibration):
             with contextlib.suppress(_Reached):
                 _run(model, batch)
     arrays = {path: total.numpy() for path, total in sums.items() if path not in traced}
@@ -482,8 +464,6 @@ def _recording(kernels: Mapping[str, LinearKernel], record: Callable) -> Iterato
 
 
 def _run(model, batch) -> None:
-    if batch is None:
-        raise ValueError("The calibration data holds no batch; pass some hundred inputs.")
     for leaf in keras.tree.flatten(batch):
         if np.issubdtype(leaf.dtype, np.floating) and not np.isfinite(leaf).all():
             raise ValueError(

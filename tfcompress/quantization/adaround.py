@@ -9,11 +9,11 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tfcompress.batches import calibration_batches
 from tfcompress.graph.inputs import (
     NOT_REACHED,
     LayerCall,
     LinearKernel,
-    calibration_batches,
     linear_kernels,
     watch_calls,
 )
@@ -284,7 +284,7 @@ def round_layers(
 def _in_order(model, pairs, calibration) -> list[LayerPair]:
     called: list[str] = []
     named = {str(place): pair.layer for place, pair in enumerate(pairs)}
-    batch = next(calibration_batches(calibration), None)
+    batch = next(calibration_batches(None, calibration))
     watch_calls(model, named, batch, lambda name, call: called.append(name))
     return [pairs[int(name)] for name in dict.fromkeys([*called, *named])]
 
@@ -294,7 +294,7 @@ def _round_layer(models, pair: LayerPair, calibration, settings, seed) -> float 
         return "nothing is summed over the rows of an embedding: nearest is best"
     view = _view(models[0], pair)
     reservoir = _Reservoir(settings.samples, seed)
-    for batch in calibration_batches(calibration):
+    for batch in calibration_batches(None, calibration):
         calls = [
             _calls(model, layer, batch)
             for model, layer in zip(models, (pair.layer, pair.float_layer), strict=True)

@@ -1,6 +1,5 @@
 """Correction of what rounding does to the mean output of each channel."""
 
-import contextlib
 import dataclasses
 import logging
 from typing import Any
@@ -152,15 +151,10 @@ class _Means:
         """One pass over the data."""
         for variable in (*self.sums, *self.counts):
             variable.assign(tf.zeros_like(variable))
-        batches = 0
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(attached(zip(self.layers, self._taps(), strict=True)))
+        with attached(zip(self.layers, self._taps(), strict=True)):
             for batch in calibration_batches(self.model, calibration):
                 self._step(keras.tree.map_structure(tf.convert_to_tensor, batch))
                 bar.add(1)
-                batches += 1
-        if not batches:
-            raise ValueError("The calibration data holds no batch; pass some hundred inputs.")
         pairs = zip(self.sums, self.counts, strict=True)
         return [tf.math.divide_no_nan(total, count).numpy() for total, count in pairs]
 

@@ -61,8 +61,6 @@ def calibrate(
             seen += 1
             observed.check(finite.numpy(), seen)
             progress.update(seen, finalize=False)
-    if not seen:
-        raise ValueError("The calibration data holds no batch; pass some hundred inputs.")
     progress.update(seen, finalize=True)
     observed.settle(_schemes(model))
     logger.info("Calibrated %s on %d batches with %s", model.name, seen, calibrator)

@@ -13,7 +13,7 @@ import numpy as np
 import rich.progress
 import tensorflow as tf
 
-from tfcompress.batches import calibration_batches, first_batch, input_batches
+from tfcompress.batches import calibration_batches, first_batch, input_batches, num_batches
 from tfcompress.graph.expand import expand
 from tfcompress.graph.macs import macs_by_weight
 from tfcompress.keras_hooks import nodes, walk
@@ -495,8 +495,8 @@ def _distances(model, data, metric: str, pairs, quantizer, verbose) -> np.ndarra
     moved, whole = 0.0, 0.0
     bar = rich.progress.Progress(disable=not verbose)
     with bar:
-        num_batches = _num_batches(data)
-        total = num_batches and num_batches * len(pairs)
+        length = num_batches(data)
+        total = None if length is None else length * len(pairs)
         task = bar.add_task("Sensitivities", total=total)
         for batch in calibration_batches(model, data):
             inputs = keras.tree.map_structure(_finite_tensor, batch)
@@ -510,8 +510,8 @@ def _distances(model, data, metric: str, pairs, quantizer, verbose) -> np.ndarra
             whole = whole + np.array([float(unit(each)) for each in expected])
     if not np.all(whole):
         raise ValueError(
-            "The data holds no batch, or an output of the model is 0 for all of it, which nothing "
-            "can be compared with; pass some hundred inputs."
+            "An output of the model is 0 for all of the data, which nothing can be compared with; "
+            "pass some hundred inputs."
         )
     return np.mean(moved / whole, axis=-1)
 
@@ -542,18 +542,6 @@ def _num_distributions(expected):
 
 
 _DISTANCES = {"mse": (_squared_error, _power), "kl": (_divergence, _num_distributions)}
-
-
-def _num_batches(data) -> int | None:
-    """How many batches `input_batches` will yield, where that is known."""
-    if isinstance(data, tf.data.Dataset):
-        if data.cardinality() == tf.data.INFINITE_CARDINALITY:
-            raise ValueError("The dataset repeats forever; pass dataset.take(n).")
-        return max(int(data.cardinality()), 0) or None
-    if isinstance(data, list) and data and isinstance(data[0], tuple):
-        return len(data)
-    leaves = keras.tree.flatten(data[0] if isinstance(data, tuple) else data)
-    return math.ceil(len(leaves[0]) / 32) if leaves and hasattr(leaves[0], "shape") else None
 
 
 def _finite_tensor(array) -> tf.Tensor:

@@ -119,44 +119,26 @@ def quantize(
     Reference: Jacob et al. 2018, https://arxiv.org/abs/1712.05877; Nagel et al. 2021,
     https://arxiv.org/abs/2106.08295, for the order of the steps.
     """
-    steps = {
+    automatic = isinstance(weights, str) and weights == "auto"
+    rounds = rounding != "nearest" or weight_calibrator is not None
+    passes = {
         "smooth=": smooth is not None,
         f"rounding={rounding!r}": rounding != "nearest",
         "bias_correction=True": bias_correction,
-        'weights="auto"': isinstance(weights, str) and weights == "auto",
+        'weights="auto"': automatic,
     }
-    _check_rounding(rounding)
-    needed_by = [name for name, wanted in steps.items() if wanted]
-    needed_by += [] if calibrator == "minmax" else [f"calibrator={calibrator!r}"]
-    _check_data(calibration, needed_by)
-    if any(steps.values()):
+    _check_rounding(rounding, weight_calibrator, scales)
+    _check_data(calibration, {**passes, f"calibrator={calibrator!r}": calibrator != "minmax"})
+    _check_budget(budget, weights, automatic)
+    if any(passes.values()):
         calibration = repeatable(calibration)
-    if steps['weights="auto"']:
-        _check_budget(budget)
-    elif budget is not None:
-        raise ValueError(
-            f'quantize got {budget}, which only weights="auto" keeps to, and weights={weights!r}. '
-            'Pass weights="auto", or leave the budget out.'
-        )
-    if steps['weights="auto"']:
+    if automatic:
+        globs = {"include": include, "exclude": exclude}
         weights = auto(
-            model,
-            calibration,
-            budget,
-            candidates,
-            activations,
-            include=include,
-            exclude=exclude,
-            verbose=verbose,
+            model, calibration, budget, candidates, activations, verbose=verbose, **globs
         )
     weights, activations = scheme_pair(weights, activations)
     _check_something(weights, activations)
-    rounds = rounding != "nearest" or weight_calibrator is not None
-    if rounds and scales == "lsq":
-        raise ValueError(
-            f'scales="lsq" learns the scales in training, rounding={rounding!r} with '
-            f"weight_calibrator={weight_calibrator!r} fixes them. Pass one or the other."
-        )
     scales = "fixed" if rounds else scales
     for scheme in weights.values() if isinstance(weights, dict) else (weights,):
         check_scales(scales, scheme)
@@ -252,9 +234,14 @@ def _set_weight_scales(quantized, calibrator):
             )
 
 
-def _check_rounding(rounding):
+def _check_rounding(rounding, weight_calibrator, scales):
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding={rounding!r} is not known; pass one of {ROUNDINGS}.")
+    if scales == "lsq" and (rounding != "nearest" or weight_calibrator is not None):
+        raise ValueError(
+            f'scales="lsq" learns the scales in training, rounding={rounding!r} with '
+            f"weight_calibrator={weight_calibrator!r} fixes them. Pass one or the other."
+        )
 
 
 def _check_something(weights, activations):
@@ -265,15 +252,21 @@ def _check_something(weights, activations):
         )
 
 
-def _check_budget(budget):
-    if not isinstance(budget, Budget):
+def _check_budget(budget, weights, automatic):
+    if automatic and not isinstance(budget, Budget):
         raise ValueError(
             f'weights="auto" needs a budget, got budget={budget!r}. Pass e.g. '
             "tfcompress.quantization.Budget(size=0.2), a fifth of the float32 bytes."
         )
+    if budget is not None and not automatic:
+        raise ValueError(
+            f'quantize got {budget}, which only weights="auto" keeps to, and weights={weights!r}. '
+            'Pass weights="auto", or leave the budget out.'
+        )
 
 
-def _check_data(calibration, needed_by):
+def _check_data(calibration, steps: Mapping[str, bool]):
+    needed_by = [name for name, wanted in steps.items() if wanted]
     if needed_by and calibration is None:
         raise ValueError(
             f"quantize got {' and '.join(needed_by)} without calibration=, on which it is "

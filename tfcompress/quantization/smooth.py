@@ -173,14 +173,10 @@ def _largest_inputs(flat, norms, calibration, verbose) -> list[np.ndarray]:
         lambda inputs: flat(inputs, training=False), reduce_retracing=True, autograph=False
     )
     bar = keras.utils.Progbar(num_batches(calibration), unit_name="batch", verbose=verbose)
-    batches = 0
     with attached(zip(norms, map(tap, largest), strict=True)):
         for batch in calibration_batches(flat, calibration):
             step(keras.tree.map_structure(tf.convert_to_tensor, batch))
             bar.add(1)
-            batches += 1
-    if not batches:
-        raise ValueError("The calibration data holds no batch; pass some hundred inputs.")
     found = [variable.numpy() for variable in largest]
     for norm, magnitudes in zip(norms, found, strict=True):
         if not np.isfinite(magnitudes).all():
