@@ -95,10 +95,12 @@ class L1Regularization(CompressionCallback):
         if self.proximal:
             session.defer(around_update(optimizer, self._around_update))
             return
-        if trained_model(self.model) is not self.model:
+        counts = getattr(self.model, "includes_student_losses", False)
+        if trained_model(self.model) is not self.model and not counts:
             raise ValueError(
                 "keras.distillation.Distiller leaves regularizers out of its loss, so an L1 "
-                "penalty would do nothing. Use L1Regularization(..., proximal=True)."
+                "penalty would do nothing. Use L1Regularization(..., proximal=True), or "
+                "tfcompress.distillation.Distiller."
             )
         session.defer(self._restore_regularizers)
         session.defer(add_hook(self.model, "compute_loss", self._around_loss))
