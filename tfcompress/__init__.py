@@ -19,11 +19,20 @@ if keras.backend.backend() != "tensorflow":
         "is imported first."
     )
 
-from tfcompress import callbacks, layers, measure, quantization, report, schedules, zoo
+from tfcompress import (
+    callbacks,
+    distillation,
+    layers,
+    measure,
+    quantization,
+    report,
+    schedules,
+    zoo,
+)
 from tfcompress.artefact import Artefact
 from tfcompress.export import ExportError, export
-from tfcompress.graph import expand, fold_batch_norm
-from tfcompress.layers import strip
+from tfcompress.graph import expand, factorize, fold_batch_norm
+from tfcompress.layers import cluster, strip
 from tfcompress.ops import allocation as allocations
 from tfcompress.ops import criteria, regrowth, structures
 from tfcompress.pruning import prune, sensitivity
@@ -34,9 +43,12 @@ __all__ = [
     "ExportError",
     "allocations",
     "callbacks",
+    "cluster",
     "criteria",
+    "distillation",
     "expand",
     "export",
+    "factorize",
     "fold_batch_norm",
     "layers",
     "measure",

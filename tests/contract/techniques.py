@@ -118,6 +118,10 @@ TECHNIQUES = {
     "QAT, LSQ, weights": Technique(
         wrapper=lambda each: tfc.layers.Quantize(each, "w3", scales="lsq")
     ),
+    "clustering": Technique(wrapper=tfc.layers.Cluster),
+    "clustering, reassigned": Technique(
+        wrapper=lambda each: tfc.layers.Cluster(each, reassign=True)
+    ),
 }
 CALLBACKS = [name for name, technique in TECHNIQUES.items() if technique.callback]
 WRAPPERS = [name for name, technique in TECHNIQUES.items() if technique.wrapper]

@@ -305,3 +305,36 @@ def test_a_subclass_with_a_call_of_its_own_has_no_middle():
 
     assert not overlays.has_middle(Mine(3, 2))
     assert overlays.has_middle(Renamed(3, 2))
+
+
+def test_every_overlay_starts_from_the_source_of_a_weight():
+    layer, x = layers.Dense(1, use_bias=False), tf.ones((1, 2))
+    layer.build((None, 2))
+    layer.kernel.assign([[1.0], [2.0]])
+    overlays.set_source(layer.kernel, lambda value: 10.0 * value)
+    assert float(layer(x)[0, 0]) == 3.0  # Without an overlay, it reads its own weight.
+    remove = attach(layer, Overlay(weights=[(layer.kernel, tf.identity)]))
+    assert float(layer(x)[0, 0]) == 30.0
+    for _ in range(2):  # The source is applied once, whatever the overlays around it.
+        attach(layer, Overlay(weights=[(layer.kernel, triple)]))
+    assert float(layer(x)[0, 0]) == 270.0
+    remove()
+    assert float(layer(x)[0, 0]) == 270.0
+
+
+def test_a_source_is_applied_to_the_value_of_a_stateless_scope():
+    variable = keras.Variable([1.0])
+    overlays.set_source(variable, lambda value: 10.0 * value)
+    with keras.StatelessScope(state_mapping=[(variable, tf.constant([7.0]))]):
+        assert overlays.raw_value(variable).numpy().tolist() == [70.0]
+
+
+def test_settled_weights_hold_what_is_computed_for_them_and_get_their_own_back():
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(1, use_bias=False)])
+    kernel = model.layers[0].kernel
+    kernel.assign([[1.0], [2.0]])
+    overlays.set_source(kernel, lambda value: tf.minimum(value, 1.5))
+    with pytest.raises(InterruptedError), overlays.settled(model):
+        assert kernel.numpy().tolist() == [[1.0], [1.5]]
+        raise InterruptedError
+    assert kernel.numpy().tolist() == [[1.0], [2.0]]

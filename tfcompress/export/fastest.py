@@ -17,6 +17,7 @@ from tfcompress.export.litert import export_litert
 from tfcompress.export.program import Program, require_built
 from tfcompress.export.target import CALIBRATION_EXAMPLES, by_name, has_ranges, known_quantizers
 from tfcompress.export.verify import ExportError
+from tfcompress.keras_hooks.overlay import settled
 from tfcompress.keras_hooks.precision import computing_in_float32
 from tfcompress.timing import Timing, latency
 
@@ -58,7 +59,7 @@ def export_fastest(
     batches = None if calibration is None else _kept(calibration)
     compare_on = _comparison(verify_on, batches)
     quantizers = known_quantizers(model)
-    with computing_in_float32(model):
+    with computing_in_float32(model), settled(model):
         reference = Program(model, quantizers, compare_on)
         inputs = reference.named(compare_on)
         expected = reference.simulation()(inputs)

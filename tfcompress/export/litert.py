@@ -29,7 +29,7 @@ from tfcompress.export.target import (
 )
 from tfcompress.export.verify import ExportError
 from tfcompress.graph.placement import has_attention
-from tfcompress.keras_hooks.overlay import all_layers
+from tfcompress.keras_hooks.overlay import all_layers, settled
 from tfcompress.keras_hooks.precision import computing_in_float32
 from tfcompress.keras_hooks.quantizer import LayerQuantizer, recall_inputs
 from tfcompress.ops.schemes import weight_scheme
@@ -65,6 +65,7 @@ def export_litert(
         artefacts.replacing(path) as temporary,
         tempfile.TemporaryDirectory() as directory,
         computing_in_float32(model),
+        settled(model),
         _unrolled(model, integer or batch_size is None),
     ):
         chosen = _for_precision(model, quantizers, precision, integer, example)

@@ -18,6 +18,7 @@ from tfcompress.batches import first_batch, input_batches, limited
 from tfcompress.export import verify
 from tfcompress.export.program import Program, require_built, wrappers
 from tfcompress.graph.placement import place
+from tfcompress.keras_hooks.overlay import settled
 from tfcompress.keras_hooks.precision import computing_in_float32
 from tfcompress.keras_hooks.quantizer import (
     DynamicRange,
@@ -83,6 +84,7 @@ def export_to(
         target.replacing(path) as temporary,
         tempfile.TemporaryDirectory() as workspace,
         computing_in_float32(model),
+        settled(model),
     ):
         batches = _calibration_batches(calibration)
         example = next(iter(batches), None) if verify_on is None else first_batch(verify_on)

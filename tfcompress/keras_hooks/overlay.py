@@ -26,6 +26,7 @@ from keras.src.backend.common.stateless_scope import get_stateless_scope
 
 from tfcompress.keras_hooks.hook import add_hook
 
+_SOURCE = "_tfcompress_source"
 _TRAINING_STEP = contextvars.ContextVar("training_step", default=False)
 
 
@@ -223,8 +224,48 @@ def in_training() -> bool:
 def raw_value(variable: keras.Variable) -> tf.Tensor:
     """The value a call sees for a variable, without the cast of mixed precision."""
     scope = get_stateless_scope()
+    mapped = scope.mapped_value(variable) if isinstance(scope, _WeightsScope) else None
+    if mapped is not None:
+        return mapped
     value = scope.get_current_value(variable) if scope is not None else None
-    return tf.convert_to_tensor(variable._value if value is None else value)
+    value = tf.convert_to_tensor(variable._value if value is None else value)
+    source = getattr(variable, _SOURCE, None)
+    return value if source is None else source(value)
+
+
+def set_source(variable: keras.Variable, source: Callable[[tf.Tensor], tf.Tensor]) -> None:
+    """Let `raw_value`, and with it every overlay, start from `source(value)` of a variable.
+
+    For a weight that is computed from other variables, whatever is around the layer that reads it.
+    The layer itself sees it under an overlay that maps the variable, if only by `tf.identity`.
+
+    Args:
+        variable: The weight.
+        source: Its own value to what stands for it, of the same shape and dtype.
+
+    Example:
+
+    >>> import keras
+    >>> variable = keras.Variable([1.0, 2.0])
+    >>> set_source(variable, lambda value: 10.0 * value)
+    >>> raw_value(variable).numpy()
+    array([10., 20.], dtype=float32)
+    """
+    setattr(variable, _SOURCE, source)
+
+
+@contextlib.contextmanager
+def settled(model: keras.Model) -> Iterator[None]:
+    """For a `with` block, let every weight that has a source hold what is computed for it."""
+    computed = [variable for variable in model.variables if hasattr(variable, _SOURCE)]
+    before = [tf.convert_to_tensor(variable._value) for variable in computed]
+    try:
+        for variable in computed:
+            variable.assign(raw_value(variable))
+        yield
+    finally:
+        for variable, value in zip(computed, before, strict=True):
+            variable.assign(value)
 
 
 class _WeightsScope(keras.StatelessScope):
@@ -240,6 +281,13 @@ class _WeightsScope(keras.StatelessScope):
         if id(variable) in self.replaced:
             return self.replaced[id(variable)]
         return None if self.parent is None else self.parent.get_current_value(variable)
+
+    def mapped_value(self, variable):
+        """What the innermost overlay around gives for a variable; None if none maps it."""
+        if id(variable) in self.replaced:
+            return self.replaced[id(variable)]
+        around = isinstance(self.parent, _WeightsScope)
+        return self.parent.mapped_value(variable) if around else None
 
     def add_update(self, update):
         variable, value = update

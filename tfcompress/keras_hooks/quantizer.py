@@ -359,8 +359,8 @@ def weight_axes(layer: keras.layers.Layer) -> list[tuple[keras.Variable, tuple[i
         for variable in layer.variables
         if id(variable) not in theirs
         and len(variable.shape) > 1
-        # Those of attention and GRU have two axes.
-        and "bias" not in variable.name
+        # Biases of attention and GRU have two axes, as have the centroids of channels.
+        and not any(word in variable.name for word in ("bias", "centroids"))
         and keras.backend.is_float_dtype(variable.dtype)
     ]
     return own + [pair for child in inside for pair in weight_axes(child)]

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 from keras.src.models import Functional
 
-_NOT_KERNELS = ("bias", "gamma", "beta", "moving_", "scale")
+_NOT_KERNELS = ("bias", "gamma", "beta", "moving_", "scale", "centroids")
 
 
 def trained_model(model: keras.Model) -> keras.Model:
@@ -157,6 +157,20 @@ def group_by_glob(globs: Iterable[str | None], paths: Iterable[str]) -> dict[str
 def matches(path: str, globs: Sequence[str]) -> bool:
     """Whether any of `globs` matches the whole of `path`."""
     return any(fnmatch.fnmatchcase(path, glob) for glob in globs)
+
+
+def is_wanted(
+    path: str, include: Sequence[str] | None, exclude: Sequence[str] | None = None
+) -> bool:
+    """Whether `path` is included, as everything is by None, and not excluded.
+
+    Example:
+
+    >>> is_wanted("m/head/kernel", None), is_wanted("m/head/kernel", None, ["*head*"])
+    (True, False)
+    """
+    included = include is None or matches(path, include)
+    return included and not (exclude and matches(path, exclude))
 
 
 def first_match(path: str, by_glob: Mapping[str, Any]) -> Any:

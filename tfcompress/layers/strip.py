@@ -2,12 +2,13 @@
 
 import keras
 
+from tfcompress.keras_hooks.overlay import raw_value
 from tfcompress.keras_hooks.walk import is_graph
 from tfcompress.layers.base import CompressionWrapper
 
 
 def strip(model: keras.Model) -> keras.Model:
-    """The plain model inside a wrapped one, with masks and ranges baked into its weights.
+    """The plain model inside a wrapped one: masks, ranges and shared values baked into its weights.
 
     Its layers are new and hold copies of the weights, so that the wrapped model can go on training.
 
@@ -66,7 +67,7 @@ def _peel(layer):
 def _copy_weights(wrappers, inner, copy):
     """Copy every weight through the wrappers around it, the innermost first."""
     for variable, target in zip(inner.weights, copy.weights, strict=True):
-        value = keras.ops.convert_to_tensor(variable)
+        value = raw_value(variable)
         for wrapper in reversed(wrappers):
             value = wrapper.bake(variable, value)
         target.assign(value)
