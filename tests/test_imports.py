@@ -209,4 +209,4 @@ def test_every_import_is_declared():
     used = {name.split(".")[0] for path in sources() for name in imported_names(path)}
     third_party = used - set(sys.stdlib_module_names) - {"tfcompress"}
     distributions = {d for p in third_party for d in importlib.metadata.packages_distributions()[p]}
-    assert distributions <= {"tensorflow", "keras", "numpy", "rich", "typer"}
+    assert distributions <= {"tensorflow", "keras", "networkx", "numpy", "rich", "typer"}

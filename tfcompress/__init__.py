@@ -24,6 +24,7 @@ from tfcompress import (
     distillation,
     layers,
     measure,
+    parallel,
     quantization,
     report,
     schedules,
@@ -31,7 +32,15 @@ from tfcompress import (
 )
 from tfcompress.artefact import Artefact
 from tfcompress.export import ExportError, export
-from tfcompress.graph import expand, factorize, fold_batch_norm
+from tfcompress.graph import (
+    drop_layers,
+    expand,
+    factorize,
+    fold_batch_norm,
+    prune_vocabulary,
+    shrink,
+    shrink_plan,
+)
 from tfcompress.layers import cluster, strip
 from tfcompress.ops import allocation as allocations
 from tfcompress.ops import criteria, regrowth, structures
@@ -46,19 +55,24 @@ __all__ = [
     "cluster",
     "criteria",
     "distillation",
+    "drop_layers",
     "expand",
     "export",
     "factorize",
     "fold_batch_norm",
     "layers",
     "measure",
+    "parallel",
     "prune",
+    "prune_vocabulary",
     "quantization",
     "quantize",
     "regrowth",
     "report",
     "schedules",
     "sensitivity",
+    "shrink",
+    "shrink_plan",
     "strip",
     "structures",
     "zoo",

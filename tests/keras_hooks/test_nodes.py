@@ -97,3 +97,24 @@ def test_a_weight_layer_returns_its_variable_and_holds_nothing_else():
             np.reshape(sign * layer(argument), shape), np.asarray(variable)
         )
         assert [id(v) for v in layer.trainable_variables] == [id(variable)]
+
+
+def test_parameters_are_what_an_op_was_made_with():
+    x = keras.Input((6, 4))
+    made = {
+        "Split": (keras.ops.split(x, 2, axis=2)[0], {"axis": 2, "indices_or_sections": 2}),
+        "Repeat": (keras.ops.repeat(x, 3, axis=1), {"axis": 1, "repeats": 3}),
+        "Transpose": (keras.ops.transpose(x, (0, 2, 1)), {"axes": (0, 2, 1)}),
+        "Swapaxes": (keras.ops.swapaxes(x, 1, 2), {"axis1": 1, "axis2": 2}),
+        "Moveaxis": (keras.ops.moveaxis(x, 1, 2), {"source": 1, "destination": 2}),
+        "Squeeze": (keras.ops.squeeze(x[:, :1], 1), {"axis": [1]}),
+        "ExpandDims": (keras.ops.expand_dims(x, 1), {"axis": 1}),
+        "Einsum": (keras.ops.einsum("abc,abc->ab", x, x), {"subscripts": "abc,abc->ab"}),
+        "Sum": (keras.ops.sum(x, axis=1), {"axis": [1]}),
+    }
+    for kind, (tensor, expected) in made.items():
+        operation = nodes.producer(tensor).operation
+        assert type(operation).__name__ == kind
+        found = nodes.parameters(operation)
+        for name, value in expected.items():
+            assert np.array_equal(np.atleast_1d(found[name]), np.atleast_1d(value)), (kind, name)

@@ -173,3 +173,8 @@ def _replace_weight(layer: keras.layers.Layer, attribute: str, variable: keras.V
     layer._untrack_variable(getattr(layer, attribute))
     setattr(layer, attribute, variable)
     layer._tracker.lock()
+
+
+def parameters(operation: keras.Operation) -> dict:
+    """What an op was made with, by name: the axis of a `split`, the repeats of a `repeat`."""
+    return {key: value for key, value in vars(operation).items() if not key.startswith("_")}

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import keras
 import tensorflow as tf
+from tensorflow.python.distribute import distribute_lib
 
 from tfcompress.keras_hooks.hook import add_hook
 
@@ -122,8 +123,19 @@ def on_each_replica(variables: Sequence[keras.Variable], update: Callable, tenso
 
         strategy.extended.update(native[0], on_replica, args=(native, tensors), group=False)
 
+    replica = distribute_lib.get_update_replica_id()
+    if replica is not None:  # Within an update, which runs once a replica already.
+        update([_copy(each, replica) for each in native], list(tensors))
+        return
     strategy = tf.distribute.get_strategy()
-    if tf.distribute.in_cross_replica_context():
-        across(strategy, native, list(tensors))
+    if not tf.distribute.has_strategy():  # Variables may be distributed outside of the scope too.
+        strategy = getattr(native[0], "distribute_strategy", None) or strategy
+    if strategy is not tf.distribute.get_strategy() or tf.distribute.in_cross_replica_context():
+        with strategy.scope():
+            across(strategy, native, list(tensors))
     else:
         tf.__internal__.distribute.interim.maybe_merge_call(across, strategy, native, list(tensors))
+
+
+def _copy(native, replica):
+    return native.distribute_strategy.experimental_local_results(native)[replica]

@@ -1,0 +1,96 @@
+"""`prepare`: training on replicas equals training on one device; each in a process of its own."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import tensorflow as tf
+
+from tests.models import mlp
+from tfcompress import parallel
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "tests.parallel.replicas", *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def test_two_replicas_train_as_one_device():
+    # What differs most from Keras's own ways; all cases are run by the slow tests.
+    cases = ["smaller, xla, several steps", "accumulation", "ema that overwrites", "pruning, xla"]
+    result = run(2, *cases)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.splitlines() == [f"{case}: ok" for case in cases]
+
+
+def test_replicas_whose_first_batches_differ_train_as_one_device():
+    result = run(3, "plain")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [2, 3, 4])
+def test_replicas_train_as_one_device(number):
+    result = run(number)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_one_device_is_left_alone():
+    model = mlp()
+    assert parallel.prepare(model, "one_device") is model
+    assert "train_step" not in vars(model)
+
+
+class UnconnectedServers(tf.distribute.ParameterServerStrategy):
+    def __init__(self):  # The real one waits for its servers.
+        pass
+
+
+class UnconnectedWorkers(tf.distribute.MultiWorkerMirroredStrategy):
+    def __init__(self):  # The real one configures the whole process.
+        pass
+
+
+def test_parameter_servers_are_refused():
+    with pytest.raises(ValueError, match="Keras 3 cannot train under ParameterServerStrategy"):
+        parallel.prepare(mlp(), UnconnectedServers())
+
+
+@pytest.mark.parametrize("name", ["multi_worker", "auto", None])
+def test_several_workers_are_refused_before_they_connect(name, monkeypatch):
+    cluster = {"worker": ["a:1", "b:1"]}
+    task = {"type": "worker", "index": 0}
+    monkeypatch.setenv("TF_CONFIG", json.dumps({"cluster": cluster, "task": task}))
+    made = []
+    monkeypatch.setattr(tf.distribute, "MultiWorkerMirroredStrategy", recording(made))
+    model = mlp()
+    with pytest.raises(ValueError, match=r"prepare got .* never tried with several workers"):
+        parallel.prepare(model, name)
+    assert not made
+    assert "train_step" not in vars(model)
+
+
+def recording(made):
+    class Recording(tf.distribute.MultiWorkerMirroredStrategy):
+        def __init__(self):
+            made.append(self)
+
+    return Recording
+
+
+def test_a_strategy_of_several_workers_is_refused():
+    model = mlp()
+    with pytest.raises(ValueError, match="Expected a strategy of one machine"):
+        parallel.prepare(model, UnconnectedWorkers())
+    assert "train_step" not in vars(model)
