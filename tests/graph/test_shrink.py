@@ -136,6 +136,17 @@ def test_taylor_is_the_change_of_the_loss_to_first_order():
     np.testing.assert_allclose(scores["mlp/hidden/kernel:1"], change**2, rtol=1e-4)
 
 
+def test_fisher_takes_each_example_alone_however_they_are_batched():
+    model, (x, y) = compile_classifier(mlp()), classification()
+    found = groups(Coupling(flat := expand(model)))
+    ways = [(x, y), [(x, y)], tf.data.Dataset.from_tensor_slices((x, y)).batch(7)]
+    scores = [unit_scores(flat, model, found, "fisher", data) for data in ways]
+    for other in scores[1:]:
+        np.testing.assert_allclose(
+            other["mlp/hidden/kernel:1"], scores[0]["mlp/hidden/kernel:1"], rtol=1e-5
+        )
+
+
 def test_batch_norm_criterion():
     layers = [keras.layers.Dense(16), keras.layers.BatchNormalization(), keras.layers.Dense(2)]
     model = keras.Sequential([keras.Input((4,)), *layers])

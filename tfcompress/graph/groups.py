@@ -818,7 +818,10 @@ def _attention(coupling, call):
     names = ("query", "key", "value", "bias", "mask", "scale")
     given = dict(zip(names, call.args, strict=False)) | call.kwargs
     query, key, value = (coupling.flow(given[name]) for name in names[:3])
-    if given.get("scale") is None or query.axes[2].size != key.axes[2].size:
+    heads = {None if flow.axes[2] is None else flow.axes[2].size for flow in (query, key, value)}
+    if len(heads) > 1 or None in heads:
+        return None
+    if given.get("scale") is None:
         # The scale would change with the size of a head.
         query.freeze("its size is the scale", [3])
         key.freeze("its size is the scale", [3])

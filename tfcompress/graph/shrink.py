@@ -66,7 +66,7 @@ def shrink_plan(
 
     Coupled axes (`tfcompress.graph.groups`) are groups; their units go together. Units with the
     lowest scores are removed, and at least one of each group stays. Exactly one of `ratio` and the
-    targets says how many.
+    targets says how many. To go on step by step, shrink a little, fine-tune, and shrink again.
 
     Args:
         model: Any built model; see `tfcompress.expand`.

@@ -12,6 +12,7 @@ import tensorflow as tf
 from tfcompress.graph.groups import Group, Member
 
 _BY_GRADIENTS = ("taylor", "fisher")
+_BATCH = 32
 
 
 def unit_scores(
@@ -121,7 +122,7 @@ def _by_gradients(flat, model, groups, criterion, data):
         return tape.gradient(loss, [variable.value for variable in variables])
 
     scores = {group.name: np.zeros(group.size) for group in groups}
-    for x, y in _pairs(data, 1 if criterion == "fisher" else None):
+    for x, y in _pairs(data, criterion == "fisher"):
         found = dict(zip(members, map(_dense, gradients(x, y)), strict=True))
         for group in groups:
             change = sum(
@@ -136,11 +137,14 @@ def _dense(gradient) -> np.ndarray:
     return 0.0 if gradient is None else tf.convert_to_tensor(gradient).numpy().astype("float64")
 
 
-def _pairs(data, batch_size):
+def _pairs(data, one_by_one: bool):
+    """Batches `(x, y)`, or every example of them as a batch of one."""
     if isinstance(data, tuple) and len(data) == 2:
-        data = tf.data.Dataset.from_tensor_slices(data).batch(batch_size or 32)
-    elif batch_size is not None and isinstance(data, tf.data.Dataset):
-        data = data.unbatch().batch(batch_size)
+        data = tf.data.Dataset.from_tensor_slices(data).batch(_BATCH)
     for batch in data:
-        x, y = batch[:2]
-        yield keras.tree.map_structure(tf.convert_to_tensor, (x, y))
+        pair = keras.tree.map_structure(tf.convert_to_tensor, tuple(batch[:2]))
+        if not one_by_one:
+            yield pair
+            continue
+        for i in range(keras.tree.flatten(pair)[0].shape[0]):
+            yield keras.tree.map_structure(lambda x, i=i: x[i : i + 1], pair)
