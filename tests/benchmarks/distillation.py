@@ -22,6 +22,7 @@ import numpy as np
 import rich.console
 import tensorflow as tf
 
+from tests.benchmarks.training_cost import timed_steps
 from tfcompress import demo, distillation, zoo
 
 BATCH = 128
@@ -49,12 +50,7 @@ class Steps:
 
     def run(self, steps):
         """Seconds for `steps` steps."""
-        self.model.make_train_function()
-        start = time.perf_counter()
-        for _ in range(steps):
-            logs = self.model.train_function(self.data)
-        float(logs["loss"])
-        return time.perf_counter() - start
+        return timed_steps(self.model, self.data, steps)
 
 
 class Forward:

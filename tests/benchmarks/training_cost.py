@@ -56,12 +56,17 @@ class Trainer:
 
     def run(self, steps):
         """Seconds for `steps` steps."""
-        self.model.make_train_function()
-        start = time.perf_counter()
-        for _ in range(steps):
-            logs = self.model.train_function(self.data)
-        float(logs["loss"])
-        return time.perf_counter() - start
+        return timed_steps(self.model, self.data, steps)
+
+
+def timed_steps(model, data, steps):
+    """Seconds for `steps` training steps of a compiled model on an iterator of batches."""
+    model.make_train_function()
+    start = time.perf_counter()
+    for _ in range(steps):
+        logs = model.train_function(data)
+    float(logs["loss"])
+    return time.perf_counter() - start
 
 
 def batches():

@@ -1,10 +1,6 @@
 """What holds for every technique in the table."""
 
-import os
-import pathlib
 import signal
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -21,8 +17,7 @@ from tests.contract.techniques import (
     WRAPPERS,
 )
 from tests.models import classification, compile_classifier, kernels, mlp, nested, subclassed
-
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.processes import run_module
 
 
 def train(model, callbacks=(), epochs=3, initial_epoch=0):
@@ -123,14 +118,7 @@ def test_a_resumed_run_is_an_uninterrupted_one(name, tmp_path):
 
 
 def run_killed(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "tests.contract.killed", *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    return run_module("tests.contract.killed", *arguments)
 
 
 @pytest.mark.parametrize("name", REMEMBERING)
@@ -204,14 +192,7 @@ def test_techniques_compose_without_knowing_each_other(name):
 
 def test_two_replicas_are_one():
     """In a process of its own: strategies do not share one well."""
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.contract.two_replicas"],
-        cwd=ROOT,
-        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    result = run_module("tests.contract.two_replicas")
     assert result.returncode == 0, result.stdout + result.stderr
     lines = [line for line in result.stdout.splitlines() if line.endswith(": ok")]
     assert [line.removesuffix(": ok") for line in lines] == CALLBACKS

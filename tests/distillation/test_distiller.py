@@ -1,7 +1,5 @@
 """What a training with a teacher does, and what it must not."""
 
-import os
-import pathlib
 import subprocess
 import sys
 
@@ -12,11 +10,11 @@ import tensorflow as tf
 
 import tfcompress as tfc
 from tests.distillation.networks import Subclassed, attentive, copy, data, entropy, net
+from tests.processes import run_module
 from tfcompress import distillation, schedules
 from tfcompress.distillation import Distiller, losses, names
 from tfcompress.keras_hooks.hook import add_hook
 
-ROOT = pathlib.Path(__file__).parents[2]
 X, Y = data()
 
 
@@ -487,12 +485,5 @@ def test_what_cannot_work_is_refused(make, message):
 
 def test_two_replicas_are_one():
     """In a process of its own: strategies do not share one well."""
-    result = subprocess.run(
-        [sys.executable, "-m", "tests.distillation.two_replicas"],
-        cwd=ROOT,
-        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    result = run_module("tests.distillation.two_replicas")
     assert result.returncode == 0, result.stdout + result.stderr

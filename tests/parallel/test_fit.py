@@ -1,29 +1,17 @@
 """`prepare`: training on replicas equals training on one device; each in a process of its own."""
 
 import json
-import os
-import pathlib
-import subprocess
-import sys
 
 import pytest
 import tensorflow as tf
 
 from tests.models import mlp
+from tests.processes import run_module
 from tfcompress import parallel
-
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "tests.parallel.replicas", *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    return run_module("tests.parallel.replicas", *arguments)
 
 
 def test_two_replicas_train_as_one_device():

@@ -139,9 +139,34 @@ def _fit(one, two) -> bool:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class SoftenedLoss(OutputLoss):
+    """Base of the losses between the probabilities of classes, softened by a temperature."""
+
+    temperature: float | Schedule
+    activation: str | None = None
+
+    def __post_init__(self):
+        _check_temperature(self.temperature)
+        _check_activation(self.activation)
+
+    def __call__(self, teacher, student, context=DEFAULT):
+        """The loss of logits `(batch, ..., classes)`."""
+        temperature = at_step(self.temperature, context.step)
+        log_p, log_q = _log_probabilities(self, teacher[0], student[0], temperature, context)
+        losses = sum(
+            tf.reduce_sum(self.of_class(p, q), -1) for p, q in zip(log_p, log_q, strict=True)
+        )
+        return weighted_mean(temperature**2 * losses, context)
+
+    def of_class(self, log_p, log_q):
+        """The share of each class in the loss, of log-probabilities `(..., classes)`."""
+        raise NotImplementedError(f"{type(self).__name__} must define of_class.")
+
+
 @keras.saving.register_keras_serializable(package="tfcompress")
 @dataclasses.dataclass(frozen=True)
-class Logits(OutputLoss):
+class Logits(SoftenedLoss):
     """The divergence of the student's softened classes from the teacher's: `"logits"`.
 
     `T**2 * KL(softmax(t / T) || softmax(s / T))` of logits t and s; `T**2` keeps the size of the
@@ -167,25 +192,15 @@ class Logits(OutputLoss):
     """
 
     temperature: float | Schedule = 3.0
-    activation: str | None = None
 
-    def __post_init__(self):
-        _check_temperature(self.temperature)
-        _check_activation(self.activation)
-
-    def __call__(self, teacher, student, context=DEFAULT):
-        """The loss of logits `(batch, ..., classes)`."""
-        temperature = at_step(self.temperature, context.step)
-        log_p, log_q = _log_probabilities(self, teacher[0], student[0], temperature, context)
-        divergence = sum(
-            tf.reduce_sum(tf.exp(p) * (p - q), -1) for p, q in zip(log_p, log_q, strict=True)
-        )
-        return weighted_mean(temperature**2 * divergence, context)
+    def of_class(self, log_p, log_q):
+        """The share of a class in the divergence."""
+        return tf.exp(log_p) * (log_p - log_q)
 
 
 @keras.saving.register_keras_serializable(package="tfcompress")
 @dataclasses.dataclass(frozen=True)
-class CrossEntropy(OutputLoss):
+class CrossEntropy(SoftenedLoss):
     """Cross-entropy with the teacher's probabilities as targets: `"cross_entropy"`.
 
     `-T**2 * sum(softmax(t / T) * log(softmax(s / T)))`: the gradient of `Logits`, and a value that
@@ -208,18 +223,10 @@ class CrossEntropy(OutputLoss):
     """
 
     temperature: float | Schedule = 1.0
-    activation: str | None = None
 
-    def __post_init__(self):
-        _check_temperature(self.temperature)
-        _check_activation(self.activation)
-
-    def __call__(self, teacher, student, context=DEFAULT):
-        """The loss of logits `(batch, ..., classes)`."""
-        temperature = at_step(self.temperature, context.step)
-        log_p, log_q = _log_probabilities(self, teacher[0], student[0], temperature, context)
-        entropy = -sum(tf.reduce_sum(tf.exp(p) * q, -1) for p, q in zip(log_p, log_q, strict=True))
-        return weighted_mean(temperature**2 * entropy, context)
+    def of_class(self, log_p, log_q):
+        """The share of a class in the cross-entropy."""
+        return -tf.exp(log_p) * log_q
 
 
 @keras.saving.register_keras_serializable(package="tfcompress")

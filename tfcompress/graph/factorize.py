@@ -31,9 +31,9 @@ from tfcompress.graph.inputs import (
     watch_calls,
 )
 from tfcompress.graph.low_rank import METHODS
-from tfcompress.graph.macs import macs
+from tfcompress.graph.macs import macs, zero_example
 from tfcompress.graph.rank_choice import Option, by_energy, by_ratio, share_out
-from tfcompress.graph.rebuild import Uses, replay
+from tfcompress.graph.rebuild import Uses, finalize, replay
 from tfcompress.graph.whitening import Moments
 from tfcompress.keras_hooks import nodes
 from tfcompress.keras_hooks.walk import group_by_glob, select_kernels
@@ -368,15 +368,7 @@ def _example(flat, calibration):
     if calibration is not None:
         batch = next(calibration_batches(flat, calibration))
         return keras.tree.map_structure(lambda x: x[:1], batch)
-    for tensor in flat.inputs:
-        if None in tensor.shape[1:]:
-            raise ValueError(
-                f"target_macs needs the shapes of the inputs of {flat.name!r}, and {tensor.name!r} "
-                f"is of shape {tensor.shape}. Pass calibration data, whose first example counts."
-            )
-    return keras.tree.map_structure(
-        lambda x: np.zeros((1, *x.shape[1:]), keras.backend.standardize_dtype(x.dtype)), flat.input
-    )
+    return zero_example(flat, "Pass calibration data, whose first example counts.")
 
 
 def _shapes_of_calls(flat, kernels: list[_Kernel], example) -> dict[str, list[Shapes]]:
@@ -439,8 +431,7 @@ def _rebuilt(flat: keras.Model, parts: Mapping[int, list[Stage]]) -> keras.Model
                 parts[id(layer)][-1].layer.bias.assign(layer.bias)
         elif id(layer) in copies:
             copies[id(layer)].set_weights(layer.get_weights())
-            if hasattr(layer, "finalize_state"):  # `Normalization` computes with what this derives.
-                copies[id(layer)].finalize_state()
+            finalize(copies[id(layer)])
     return model
 
 

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from tfcompress.graph.expand import expand
-from tfcompress.graph.rebuild import Uses, map_layers
+from tfcompress.graph.rebuild import Uses, finalize, map_layers
 from tfcompress.keras_hooks import nodes
 
 _log = logging.getLogger("tfcompress")
@@ -258,8 +258,7 @@ def _copy_weights(layer, copy, affines: dict[str, Affine]) -> None:
                 getattr(copy, name).assign(np.broadcast_to(value, getattr(copy, name).shape))
         return
     copy.set_weights(layer.get_weights())
-    if hasattr(copy, "finalize_state"):  # `Normalization` computes with what this derives.
-        copy.finalize_state()
+    finalize(copy)
 
 
 def _folded_weights(layer, affines: dict[str, Affine]) -> Weights:

@@ -127,11 +127,6 @@ def rule_of(operation: keras.Operation) -> Rule | None:
 # What rules are made of.
 
 
-def same(one: Flow, two: Flow) -> Flow:
-    """The element-wise combination of two tensors, broadcast; zero where both are."""
-    return broadcast([one, two], all)
-
-
 def broadcast(flows: Sequence[Flow], zero: Callable) -> Flow:
     """Axes of equal size are unified, from the last one backwards; those of size 1 give way."""
     rank = max(len(flow.axes) for flow in flows)

@@ -105,6 +105,36 @@ def _one_example(values) -> tf.TensorSpec:
     return tf.TensorSpec((1, *array.shape[1:]), dtype)
 
 
+def zero_example(model: keras.Model, remedy: str):
+    """A batch of one example of zeros, to count with.
+
+    Args:
+        model: A Functional model.
+        remedy: What to do where the shape of an input is not known, for the message.
+
+    Returns:
+        Arrays in the structure of the model's inputs.
+
+    Raises:
+        ValueError: The shape of an input is not known.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    >>> zero_example(model, "Fix them.").shape
+    (1, 3)
+    """
+    for x in model.inputs:
+        if None in x.shape[1:]:
+            raise ValueError(
+                f"target_macs needs the shapes of the inputs of {model.name!r}, and {x.name!r} is "
+                f"of shape {x.shape}. {remedy}"
+            )
+    return keras.tree.map_structure(
+        lambda x: np.zeros((1, *x.shape[1:]), keras.backend.standardize_dtype(x.dtype)), model.input
+    )
+
+
 class _UnknownShape(Exception):
     """A contraction, or the length of a loop, depends on data."""
 

@@ -182,9 +182,14 @@ def copied(model: keras.Model) -> keras.Model:
     copy = keras.models.clone_model(model)
     copy.set_weights(model.get_weights())
     for layer in copy.layers:
-        if hasattr(layer, "finalize_state"):  # `Normalization` computes with what this derives.
-            layer.finalize_state()
+        finalize(layer)
     return copy
+
+
+def finalize(layer: keras.layers.Layer) -> None:
+    """Let a layer whose weights were set derive what it computes with, as `Normalization` does."""
+    if hasattr(layer, "finalize_state"):
+        layer.finalize_state()
 
 
 class Uses:

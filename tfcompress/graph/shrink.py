@@ -14,14 +14,15 @@ import numpy as np
 from tfcompress.graph import groups as coupled
 from tfcompress.graph.dims import Dim
 from tfcompress.graph.expand import expand
-from tfcompress.graph.macs import macs
-from tfcompress.graph.rebuild import replay
+from tfcompress.graph.macs import macs, zero_example
+from tfcompress.graph.rebuild import finalize, replay
 from tfcompress.graph.unit_scores import unit_scores
 from tfcompress.keras_hooks import nodes
 from tfcompress.keras_hooks.walk import is_wanted, matches
 
 _log = logging.getLogger("tfcompress")
 _PROBES = 12
+_FIX_SHAPES = "Fix them: tfcompress.expand(model, inputs=batch)."
 
 
 def shrink(model: keras.Model, ratio=None, **arguments) -> keras.Model:
@@ -124,7 +125,7 @@ def shrink_plan(
     if ratio is not None:
         return chooser.plan(_ratios(found, ratio, allocation))
     measure = {
-        "macs": lambda small: macs(small, _example(small)),
+        "macs": lambda small: macs(small, zero_example(small, _FIX_SHAPES)),
         "parameters": lambda small: small.count_params(),
         "cost": cost,
     }
@@ -313,11 +314,10 @@ def _within(model, chooser, measure, target, name) -> Plan:
     if (now := measure(expand(model))) is not None and now <= target:
         return Plan({}, {group.name: group.size for group in chooser.groups})
     least = chooser.uniform(1.0)
-    if measure(least.apply(model)) > target:
+    if (reached := measure(least.apply(model))) > target:
         raise ValueError(
             f"target_{name}={target} is out of reach: with one unit, or {chooser.round_to} "
-            f"channels, in each group {model.name!r} still needs {measure(least.apply(model))}, "
-            f"and now {now}."
+            f"channels, in each group {model.name!r} still needs {reached}, and now {now}."
         )
     tried = {}
     for _ in range(_PROBES):
@@ -333,18 +333,6 @@ def _within(model, chooser, measure, target, name) -> Plan:
     return best or least
 
 
-def _example(model):
-    for x in model.inputs:
-        if None in x.shape[1:]:
-            raise ValueError(
-                f"target_macs needs the shapes of the inputs, and {x.name!r} is of shape "
-                f"{x.shape}. Fix them: tfcompress.expand(model, inputs=batch)."
-            )
-    return keras.tree.map_structure(
-        lambda x: np.zeros((1, *x.shape[1:]), keras.backend.standardize_dtype(x.dtype)), model.input
-    )
-
-
 class _Smaller:
     """Rebuilds a flat graph with what is left of every axis."""
 
@@ -358,8 +346,7 @@ class _Smaller:
         for layer, copy in self._copies.values():
             for old, new in zip(layer.weights, copy.weights, strict=True):
                 new.assign(self._rest(old))
-            if hasattr(copy, "finalize_state"):
-                copy.finalize_state()
+            finalize(copy)
         return small
 
     def _rest(self, variable) -> np.ndarray:
