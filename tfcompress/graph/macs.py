@@ -120,8 +120,8 @@ def zero_example(model: keras.Model, remedy: str):
 
     Example:
 
-    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
-    >>> zero_example(model, "Fix them.").shape
+    >>> x = keras.Input((3,))
+    >>> zero_example(keras.Model(x, keras.layers.Dense(2)(x)), "Fix them.").shape
     (1, 3)
     """
     for x in model.inputs:
