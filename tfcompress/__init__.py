@@ -1,5 +1,6 @@
 """Compress and accelerate Keras 3 models on TensorFlow, during `model.fit` and after it."""
 
+import importlib
 import os
 
 if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
@@ -20,6 +21,7 @@ if keras.backend.backend() != "tensorflow":
     )
 
 from tfcompress import (
+    acceleration,
     callbacks,
     distillation,
     layers,
@@ -33,6 +35,7 @@ from tfcompress import (
 from tfcompress.artefact import Artefact
 from tfcompress.export import ExportError, export
 from tfcompress.graph import (
+    channel_groups,
     drop_layers,
     expand,
     factorize,
@@ -50,8 +53,10 @@ from tfcompress.quantization import quantize
 __all__ = [
     "Artefact",
     "ExportError",
+    "acceleration",
     "allocations",
     "callbacks",
+    "channel_groups",
     "cluster",
     "criteria",
     "distillation",
@@ -77,3 +82,14 @@ __all__ = [
     "structures",
     "zoo",
 ]
+
+# They stand on optional packages, or warn about what was imported before.
+_LATE = ("data", "recipe", "tfmot")
+
+
+def __getattr__(name):
+    if name == "Recipe":
+        return importlib.import_module("tfcompress.recipe").Recipe
+    if name in _LATE:
+        return importlib.import_module(f"tfcompress.{name}")
+    raise AttributeError(f"module 'tfcompress' has no attribute {name!r}")

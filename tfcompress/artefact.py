@@ -6,6 +6,7 @@ import io
 import os
 import pathlib
 import re
+import shutil
 import types
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -618,6 +619,65 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_directory(path: str | os.PathLike, holds: str, kind: str) -> Iterator[pathlib.Path]:
+    """Write a directory whole or not at all: a temporary name beside it, renamed at the end.
+
+    Args:
+        path: The directory to write; missing parent directories are made. One that exists is only
+            replaced if it is of the same kind.
+        holds: The name of a file that every directory of this kind has.
+        kind: What to call it, e.g. `"a SavedModel"`.
+
+    Yields:
+        The temporary path; nothing is there yet.
+
+    Raises:
+        ValueError: The directory is of another kind, or cannot be written there.
+
+    Example:
+
+    >>> import tempfile
+    >>> target = pathlib.Path(tempfile.mkdtemp(), "set")
+    >>> with replacing_directory(target, "a.txt", "a set") as temporary:
+    ...     temporary.mkdir()
+    ...     _ = (temporary / "a.txt").write_text("whole")
+    >>> [file.name for file in target.iterdir()]
+    ['a.txt']
+    """
+    path = pathlib.Path(path)
+    _check_replaceable(path, holds, kind)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    try:
+        yield temporary
+        if path.exists():  # A directory that is not empty cannot be replaced by a rename.
+            os.rename(path, old)
+        os.rename(temporary, path)
+    finally:
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _check_replaceable(path: pathlib.Path, holds: str, kind: str) -> None:
+    if path.exists() and not (path / holds).is_file():
+        raise ValueError(
+            f"{str(path)!r} exists and is not {kind}, so it is not replaced. Pass a new directory."
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"Cannot write {str(path)!r}: {error.strerror}. Pass a path in a directory that exists "
+            "or can be made."
+        ) from error
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(
+            f"Cannot write {str(path)!r}: {str(path.parent)!r} is read-only. Pass a path in a "
+            "directory you may write to."
+        )
 
 
 def _check_writable(path: pathlib.Path) -> None:

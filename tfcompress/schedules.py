@@ -436,26 +436,30 @@ class RewoundLearningRate(keras.optimizers.schedules.LearningRateSchedule):
 @keras.saving.register_keras_serializable(package="tfcompress")
 @dataclasses.dataclass(frozen=True, eq=False)
 class TFMOTSchedule(Schedule):
-    """A pruning schedule of TensorFlow Model Optimization, as it is.
+    """A pruning schedule of TensorFlow Model Optimization, as it is, user subclasses included.
 
-    `get` wraps these by itself. Steps and frequency are the schedule's own, but its last value is
-    applied even if `end_step` is off the grid of the frequency, and is not rounded to float32.
+    `get` wraps these by itself. Steps and frequency are the schedule's own: masks are chosen where
+    it says so. But its last value is applied even if `end_step` is off the grid of the frequency,
+    and is not rounded to float32. A schedule without a `begin_step` is 0 where it does not prune.
 
     Args:
-        schedule: A `tfmot.sparsity.keras.PolynomialDecay`, `ConstantSparsity` or subclass of
-            `PruningSchedule` with a `begin_step`.
+        schedule: A `tfmot.sparsity.keras.PolynomialDecay`, `ConstantSparsity` or another subclass
+            of `PruningSchedule`, of TFMOT or of `tfcompress.tfmot`.
+        offset: What the schedule's steps are ahead of ours, in steps. TFMOT counts the batch that
+            it works on, from 1, and prunes before it; we count completed updates.
 
     Raises:
         ValueError: Not a pruning schedule of TFMOT, or one whose values are not finite.
     """
 
     schedule: Any
+    offset: int = 0
 
     def __post_init__(self):
-        if not _is_of_tfmot(self.schedule) or not hasattr(self.schedule, "begin_step"):
+        if not _is_of_tfmot(self.schedule):
             raise ValueError(
-                "Expected a TensorFlow Model Optimization PruningSchedule with a begin_step, got "
-                f"{self.schedule!r}."
+                "Expected a TensorFlow Model Optimization PruningSchedule, got "
+                f"{self.schedule!r}. Pass e.g. tfmot.sparsity.keras.ConstantSparsity(0.5, 0)."
             )
         for step in (self.begin_step, self.begin_step if self.end_step is None else self.end_step):
             if not math.isfinite(self(step)):
@@ -467,13 +471,13 @@ class TFMOTSchedule(Schedule):
     @property
     def begin_step(self):
         """The first step at which it acts."""
-        return self.schedule.begin_step
+        return getattr(self.schedule, "begin_step", self.offset) - self.offset
 
     @property
     def end_step(self):
         """The last step at which it acts, or None for no end, which TFMOT writes as -1."""
         end = getattr(self.schedule, "end_step", -1)
-        return None if end < 0 else end
+        return None if end < 0 else end - self.offset
 
     @property
     def frequency(self):
@@ -487,11 +491,37 @@ class TFMOTSchedule(Schedule):
         with tf.init_scope():
             return float(self._sparsity(tf.constant(int(step), tf.int64)))
 
+    def due(self, step, on_grid):
+        """Whether it prunes at `step`.
+
+        Args:
+            step: An int or a scalar integer tensor.
+            on_grid: Whether it would by its `begin_step` and the frequency that is asked for.
+        """
+        prunes = self._prunes(step)
+        if not hasattr(self.schedule, "begin_step"):
+            return prunes
+        if self.frequency is None:
+            return prunes & on_grid
+        return prunes if self.end_step is None else prunes | (step == self.end_step)
+
+    def _prunes(self, step):
+        if _in_graph(step):
+            return tf.cast(self._ask(tf.cast(step, tf.int64))[0], tf.bool)
+        with tf.init_scope():
+            return bool(self._ask(tf.constant(int(step), tf.int64))[0])
+
+    def _ask(self, step):
+        return self.schedule(step + self.offset)
+
     def _sparsity(self, step):
-        step = tf.maximum(step, self.begin_step)
+        step = tf.maximum(step, tf.constant(self.begin_step, tf.int64))
         if self.end_step is not None:
             step = tf.minimum(step, self.end_step)
-        sparsity = tf.cast(self.schedule(step)[1], tf.float64)
+        prunes, sparsity = self._ask(step)
+        sparsity = tf.cast(sparsity, tf.float64)
+        if not hasattr(self.schedule, "begin_step"):
+            sparsity = tf.where(prunes, sparsity, 0.0)
         # It computes in float32, where 0.8 is 0.800000012: a weight too few of a hundred million.
         for name in ("final_sparsity", "target_sparsity"):
             exact = tf.constant(getattr(self.schedule, name, math.nan), tf.float64)
@@ -502,25 +532,30 @@ class TFMOTSchedule(Schedule):
         """Where the schedule's class is found, and its arguments."""
         kind = type(self.schedule)
         config = self.schedule.get_config()
-        return {
+        described = {
             "tfmot_module": kind.__module__,
-            "tfmot_class": kind.__qualname__,
+            "tfmot_class": keras.saving.get_registered_name(kind),
             "arguments": config.get("config", config),
         }
+        return described | ({"offset": self.offset} if self.offset else {})
 
     @classmethod
     def from_config(cls, config):
-        """The schedule that `get_config` described; TFMOT is imported."""
+        """The schedule that `get_config` described; TFMOT is imported if it is one of its own."""
         module, name = config["tfmot_module"], config["tfmot_class"]
-        if module.split(".")[0] != _TFMOT:
+        kind = keras.saving.get_registered_object(name)
+        if kind is None and module.split(".")[0] not in (_TFMOT, "tfcompress"):
             raise ValueError(
                 f"The schedule {module}.{name} is not part of {_TFMOT}, and code is not imported "
-                "because a file names it. Build the schedule and pass it instead."
+                "because a file names it. Register the class with keras.saving."
+                "register_keras_serializable, or load in a keras.saving.custom_object_scope that "
+                "names it."
             )
-        kind = getattr(import_tfmot(module), name, None)
+        if kind is None:
+            kind = getattr(import_tfmot(module), name.split(">")[-1], None)
         if not isinstance(kind, type) or not _is_of_tfmot(kind):
             raise ValueError(f"{module}.{name} is not a pruning schedule of {_TFMOT}.")
-        return cls(kind.from_config(config["arguments"]))
+        return cls(kind.from_config(config["arguments"]), config.get("offset", 0))
 
     def __eq__(self, other):
         return isinstance(other, TFMOTSchedule) and self.get_config() == other.get_config()
@@ -531,13 +566,14 @@ class TFMOTSchedule(Schedule):
     def __repr__(self):
         config = self.get_config()
         arguments = ", ".join(f"{key}={value!r}" for key, value in config["arguments"].items())
-        return f"TFMOTSchedule({config['tfmot_class']}({arguments}))"
+        return f"TFMOTSchedule({config['tfmot_class'].split('>')[-1]}({arguments}))"
 
 
 def _is_of_tfmot(schedule):
     kind = schedule if isinstance(schedule, type) else type(schedule)
     return any(
-        each.__name__ == "PruningSchedule" and each.__module__.split(".")[0] == _TFMOT
+        each.__name__ == "PruningSchedule"
+        and each.__module__.split(".")[0] in (_TFMOT, "tfcompress")
         for each in kind.__mro__
     )
 
@@ -607,7 +643,8 @@ def is_due(schedule: Schedule, step, frequency: int):
     Args:
         schedule: A schedule; an `end_step` of None means for ever.
         step: An int or a scalar integer tensor.
-        frequency: In steps, 1 or more. A schedule that has a `frequency` of its own follows that.
+        frequency: In steps, 1 or more. A schedule that has a `frequency` of its own follows that,
+            and one that has a method `due(step, on_grid)` what that returns.
 
     Returns:
         A bool or a boolean tensor.
@@ -621,7 +658,8 @@ def is_due(schedule: Schedule, step, frequency: int):
     begin, end = schedule.begin_step, schedule.end_step
     frequency = getattr(schedule, "frequency", None) or frequency
     on_grid = (step >= begin) & ((step - begin) % frequency == 0)
-    return on_grid if end is None else (on_grid & (step <= end)) | (step == end)
+    due = on_grid if end is None else (on_grid & (step <= end)) | (step == end)
+    return schedule.due(step, due) if hasattr(schedule, "due") else due
 
 
 def check_sparsity(schedule: Schedule) -> Schedule:

@@ -1,16 +1,24 @@
-"""What distillation costs a step, and what it gains on digits: `--cost`, `--accuracy`, or both.
+"""What distillation costs a step, and what it gains, on digits and on reviews of films.
 
     python -m tests.benchmarks.distillation [--pairs 9] [--steps 60] [--seeds 5] [--quick]
+    python -m tests.benchmarks.distillation --task reviews [--seeds 1] [--cache DIRECTORY]
 
-The first part prints, for a CNN that teaches one of a ninth of its weights at batch 128, the time
-of a distillation step over that of a plain student step and a teacher's forward pass, and, with
-what the teacher said taken from a cache, over a plain step (median of interleaved rounds,
-quartiles). The second trains a student with 500 labelled and 3,500 unlabelled digits, and the same
-student on the 500 alone with as many updates, and prints the accuracies on 1,000 others.
+`--task digits` has two parts, `--cost` and `--accuracy`. The first prints, for a CNN that teaches
+one of a ninth of its weights at batch 128, the time of a distillation step over that of a plain
+student step and a teacher's forward pass, and, with what the teacher said taken from a cache, over
+a plain step (median of interleaved rounds, quartiles). The second trains a student with 500
+labelled and 3,500 unlabelled digits, and the same student on the 500 alone with as many updates,
+and prints the accuracies on 1,000 others.
+
+`--task reviews` fine-tunes MiniLM with its 6 layers, or takes it from the cache, and makes students
+of 3 of them: trained alone, with the teacher's logits, and with its hidden states and attention
+relations too. Which 3 layers is chosen by the accuracy of the untrained student on a validation
+split, which the training does not see. The embeddings are frozen.
 """
 
 import argparse
 import os
+import pathlib
 import statistics
 import tempfile
 import time
@@ -22,8 +30,10 @@ import numpy as np
 import rich.console
 import tensorflow as tf
 
+from tests.benchmarks import text
 from tests.benchmarks.training_cost import timed_steps
 from tfcompress import demo, distillation, zoo
+from tfcompress.artefact import replacing
 
 BATCH = 128
 LOSSES = {
@@ -213,15 +223,135 @@ def print_accuracies(console, seeds, updates, quick):
         )
 
 
+REVIEWS_BATCH = 32
+LENGTHS = [16, 24, 32, 48]  # Reviews of up to as many tokens share a batch.
+LAYERS = [(0, 2, 5), (1, 3, 5), (0, 2, 4), (0, 1, 2)]
+NORMS = "*feedforward_layer_norm"
+REVIEW_LOSSES = {
+    "logits": ["logits"],
+    "logits, states, relations": [
+        "logits",
+        distillation.Features(NORMS, NORMS, mapping="same"),
+        distillation.Relations(mapping="same"),
+    ],
+}
+
+
+def reviews(seed, num_train):
+    """To train on, to choose by, to test on: a pair of token arrays and labels each."""
+    tokens = text.load(seed, num_train)
+    train, validation = zoo.split.stratified_split(tokens.y_train, 0.15, seed)
+    parts = [
+        ({name: x[rows] for name, x in tokens.x_train.items()}, tokens.y_train[rows])
+        for rows in (train, validation)
+    ]
+    return (*parts, (tokens.x_test, tokens.y_test))
+
+
+def by_length(x, y, seed=None):
+    """Batches of reviews of like length, cut to the longest of them; shuffled with a seed."""
+    data = tf.data.Dataset.from_tensor_slices((x, y))
+    if seed is not None:
+        data = data.shuffle(len(y), seed=seed)
+
+    def cut(x, y):
+        length = tf.reduce_sum(x["padding_mask"])
+        return {name: tokens[:length] for name, tokens in x.items()}, y
+
+    return (
+        data.map(cut)
+        .bucket_by_sequence_length(
+            lambda x, y: tf.size(x["token_ids"]), LENGTHS, [REVIEWS_BATCH] * (len(LENGTHS) + 1)
+        )
+        .prefetch(2)
+    )
+
+
+def right(model, x, y):
+    """Share of right answers about reviews."""
+    hits = [
+        model.predict_on_batch(tokens).argmax(1) == labels.numpy()
+        for tokens, labels in by_length(x, y)
+    ]
+    return float(np.concatenate(hits).mean())
+
+
+def train_on_reviews(model, train, validation, seed, epochs, learning_rate=5e-5):
+    """Train with a rate that falls to zero, and keep the epoch that is best in validation."""
+    steps = epochs * (len(train[1]) // REVIEWS_BATCH + len(LENGTHS))
+    rate = keras.optimizers.schedules.PolynomialDecay(learning_rate, steps)
+    model.compile(keras.optimizers.Adam(rate), entropy(), metrics=["accuracy"])
+    best = keras.callbacks.EarlyStopping(
+        "val_accuracy", mode="max", patience=epochs, restore_best_weights=True
+    )
+    model.fit(
+        by_length(*train, seed),
+        epochs=epochs,
+        validation_data=by_length(*validation),
+        callbacks=[best],
+        verbose=0,
+    )
+
+
+def fine_tuned(train, validation, seed, cache, epochs=2):
+    """MiniLM with all layers, trained on the reviews or read from the cache."""
+    name = f"minilm-reviews-{len(train[1])}-epochs-{epochs}-seed-{seed}.keras"
+    path = None if cache is None else pathlib.Path(cache, name)
+    if path and path.exists():
+        return keras.models.load_model(path)
+    model = text.classifier(seed=seed, freeze_embeddings=True)
+    train_on_reviews(model, train, validation, seed, epochs)
+    if path:
+        with replacing(path) as temporary:
+            model.save(temporary)
+    return model
+
+
+def print_reviews(console, seeds, epochs, cache, num_train):
+    """MiniLM with half its layers."""
+
+    def show(line):
+        console.print(line, highlight=False, soft_wrap=True)
+
+    for seed in range(seeds):
+        train, validation, test = reviews(seed, num_train)
+        teacher = fine_tuned(train, validation, seed, cache)
+        best = right(teacher, *test)
+        show(f"seed {seed}: teacher, 6 layers: test {best:.4f}, {right(teacher, *validation):.4f}")
+        tried = {}
+        for layers in LAYERS:
+            tried[layers] = right(distillation.student(teacher, layers), *validation)
+            show(f"  layers {layers}, untrained: validation {tried[layers]:.4f}")
+        layers = max(tried, key=tried.get)
+        for name, losses in {"alone": None, **REVIEW_LOSSES}.items():
+            keras.utils.set_random_seed(seed)
+            student = distillation.student(teacher, layers)
+            model = student
+            if losses:
+                model = distillation.Distiller(teacher, student, losses, mask="padding_mask")
+            start = time.perf_counter()
+            train_on_reviews(model, train, validation, seed, epochs)
+            seconds = time.perf_counter() - start
+            found = right(student, *test)
+            show(
+                f"  {layers} {name}: test {found:.4f}, {found / best:.1%} of the teacher's; "
+                f"validation {right(student, *validation):.4f}; {seconds:.0f} s"
+            )
+
+
 def main():
     """Measure and print, a line as soon as it is known."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--task", choices=["digits", "reviews"], default="digits")
     parser.add_argument("--pairs", type=int, default=9, help="interleaved rounds, 2 or more")
     parser.add_argument("--steps", type=int, default=60, help="training steps a measurement")
     parser.add_argument("--seeds", type=int, default=5, help="of the accuracies")
     parser.add_argument("--updates", type=int, default=1260, help="of each student")
     parser.add_argument("--cost", action="store_true", help="the first part only")
     parser.add_argument("--accuracy", action="store_true", help="the second part only")
+    parser.add_argument("--epochs", type=int, default=3, help="of the students of reviews")
+    parser.add_argument("--num-train", type=int, help="reviews; all without it")
+    parser.add_argument("--cache", help="a directory for the fine-tuned teachers of the reviews")
     parser.add_argument("--quick", action="store_true", help="2 rounds of 10 steps, 1 seed")
     arguments = parser.parse_args()
     pairs, steps, seeds, updates = (
@@ -230,6 +360,9 @@ def main():
         else (arguments.pairs, arguments.steps, arguments.seeds, arguments.updates)
     )
     console = rich.console.Console()
+    if arguments.task == "reviews":
+        print_reviews(console, seeds, arguments.epochs, arguments.cache, arguments.num_train)
+        return
     if not arguments.accuracy:
         print_costs(console, pairs, steps, arguments.quick)
     if not arguments.cost:

@@ -248,6 +248,56 @@ def test_batch_norm_scales_choose_the_channels():
     assert list(pruning.masks) == [model.layers[0].kernel.path]
 
 
+COUPLED = {
+    path: [{"axis": axis, "group": "hidden", "places": list(range(16))}]
+    for path, axis in {"mlp/hidden/kernel": 1, "mlp/hidden/bias": 0, "mlp/head/kernel": 0}.items()
+}
+CHANNELS = tfc.structures.Channel(groups=COUPLED)
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "movement", "fisher"])
+def test_coupled_channels_go_from_all_of_their_weights(criterion):
+    model = compile_classifier(mlp(), "adam")
+    pruning = tfc.callbacks.Pruning(0.5, criterion, CHANNELS, frequency=2)
+    train(model, [pruning], epochs=2)
+    assert set(pruning.masks) == set(COUPLED)
+    kernel, bias, head, _ = (np.abs(weight.numpy()) for weight in model.weights)
+    alive = kernel.sum(0) > 0
+    assert alive.sum() == 8
+    assert (alive == (bias > 0)).all() and (alive == (head.sum(1) > 0)).all()
+
+
+def test_coupled_channels_are_saved_and_restored_with_the_callback():
+    pruning = tfc.callbacks.Pruning(0.5, structure=CHANNELS)
+    config = keras.saving.serialize_keras_object(pruning)
+    assert keras.saving.deserialize_keras_object(config).structure == CHANNELS
+
+
+def test_one_shot_pruning_of_coupled_channels():
+    model = tfc.prune(mlp(), 0.5, structure=CHANNELS)
+    kernel, _, head, _ = (weight.numpy() for weight in model.weights)
+    gone = ~kernel.any(0)
+    assert gone.sum() == 8 and (gone == ~head.any(1)).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda m: tfc.callbacks.Pruning({"*": 0.5}, structure=CHANNELS), "sparsity=.*one number"),
+        (lambda m: tfc.callbacks.Pruning(0.5, "batch_norm", CHANNELS), "criterion='batch_norm'"),
+        (lambda m: tfc.callbacks.Pruning(0.5, structure=CHANNELS, regrowth="set"), "regrowth="),
+        (lambda m: tfc.callbacks.Pruning(0.5, structure=CHANNELS, include="*"), "channel_groups"),
+        (lambda m: tfc.prune(m, threshold=0.1, structure=CHANNELS), "threshold=0.1"),
+        (lambda m: tfc.prune(attention(), 0.5, structure=CHANNELS), "which .* has not"),
+        (lambda m: tfc.sensitivity(m, None, structure=CHANNELS), "one weight at a time"),
+        (lambda m: tfc.layers.Prune(m.layers[0], 0.5, structure=CHANNELS).build((1, 12)), "none"),
+    ],
+)
+def test_what_goes_by_single_weights_is_refused_for_coupled_channels(make, message):
+    with pytest.raises(ValueError, match=message):
+        make(mlp())
+
+
 def attention():
     x = inputs = keras.Input((5, 8))
     y = keras.layers.MultiHeadAttention(4, 2, name="mha")(x, x)

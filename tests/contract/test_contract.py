@@ -17,7 +17,7 @@ from tests.contract.techniques import (
     WRAPPERS,
 )
 from tests.models import classification, compile_classifier, kernels, mlp, nested, subclassed
-from tests.processes import run_module
+from tests.processes import run_module, run_workers
 
 
 def train(model, callbacks=(), epochs=3, initial_epoch=0):
@@ -190,9 +190,20 @@ def test_techniques_compose_without_knowing_each_other(name):
         assert (weight == 0).sum() >= TECHNIQUES[name].prunes(weight.size)
 
 
-def test_two_replicas_are_one():
-    """In a process of its own: strategies do not share one well."""
-    result = run_module("tests.contract.two_replicas")
+def assert_ok(result, names):
     assert result.returncode == 0, result.stdout + result.stderr
     lines = [line for line in result.stdout.splitlines() if line.endswith(": ok")]
-    assert [line.removesuffix(": ok") for line in lines] == CALLBACKS
+    assert [line.removesuffix(": ok") for line in lines] == names
+
+
+@pytest.mark.parametrize("number", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_replicas_are_one(number):
+    """In a process of its own: strategies do not share one well."""
+    assert_ok(run_module("tests.contract.replicas", number), CALLBACKS)
+
+
+@pytest.mark.slow
+def test_two_workers_are_one():
+    """A sample of it is in tests/parallel/workers.py, among what needs workers anyway."""
+    for each in run_workers(2, "tests.contract.replicas", 2):
+        assert_ok(each, CALLBACKS)

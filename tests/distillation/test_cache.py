@@ -58,7 +58,7 @@ def test_each_example_keeps_what_was_said_about_it():
         order = []
         for x, y in dataset:
             inputs, targets = distillation.cache.unpack(x)
-            restored = cache.restore(targets)["output:0"].numpy()
+            restored = cache.restore(targets)[0]["output:0"].numpy()
             for row, label, values in zip(inputs.numpy(), y.numpy(), restored, strict=True):
                 np.testing.assert_allclose(values, rows[tuple(row)], atol=2e-3)
                 order.append(int(np.flatnonzero((row == X).all(1))[0]))
@@ -72,7 +72,7 @@ def test_the_largest_logits_keep_their_probabilities():
     cache = build(teacher, top_k=5, dtype="float32")
     logits = teacher.predict(X, verbose=0)
     targets = {name: tf.constant(array) for name, array in cache._arrays.items()}
-    restored = cache.restore(targets)["output:0"].numpy()
+    restored = cache.restore(targets)[0]["output:0"].numpy()
     order = np.argsort(-logits, axis=1)
     probabilities = [tf.nn.softmax(x).numpy() for x in (logits, restored)]
     for i in range(48):
@@ -90,7 +90,7 @@ def test_probabilities_are_stored_as_logits():
     teacher = net(16, activation="softmax")
     cache = build(teacher, dtype="float32")
     targets = {name: tf.constant(array) for name, array in cache._arrays.items()}
-    restored = cache.restore(targets)["output:0"]
+    restored = cache.restore(targets)[0]["output:0"]
     np.testing.assert_allclose(tf.nn.softmax(restored), teacher.predict(X, verbose=0), atol=1e-6)
 
 
@@ -151,7 +151,7 @@ def test_it_outlives_its_process(tmp_path):
     )
     assert result.stdout.strip() == "48", result.stderr
     manifest = json.loads((tmp_path / "cache" / "cache.json").read_text())
-    assert manifest["size"] == 48 and set(manifest["files"]) == {"output:0"}
+    assert manifest["size"] == 48 and set(manifest["files"]) == {"0/output:0"}
 
 
 def test_what_does_not_fit_is_refused():
@@ -170,7 +170,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="in memory"):
         distiller.get_config()
     with pytest.raises(ValueError, match="needs arrays"):
-        build(teacher, tf.data.Dataset.from_tensor_slices(X))
+        build(teacher, 3)
     with pytest.raises(ValueError, match="47 labels"):
         cache.dataset(X, Y[1:])
 

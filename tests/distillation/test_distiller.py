@@ -303,7 +303,8 @@ def test_eager_is_graph_is_xla():
     for arguments in ({"run_eagerly": True}, {"jit_compile": False}, {"jit_compile": True}):
         keras.utils.set_random_seed(0)
         student = net()
-        losses = ["logits", "features", "similarity", "rkd_angle"]
+        bank = distillation.Contrastive(width=8, bank=40)
+        losses = ["logits", "features", "similarity", "rkd_angle", bank]
         distiller = Distiller(net(16), student, losses, balancing="magnitude")
         distiller.compile(keras.optimizers.SGD(0.1), entropy(), **arguments)
         distiller.fit(X, Y, batch_size=16, epochs=2, shuffle=False, verbose=0)
@@ -336,6 +337,7 @@ def interrupted(directory, stop):
         "logits",
         "features",
         distillation.Features("relu", "relu"),
+        distillation.Contrastive(width=8, bank=40),
     ]
     distiller = Distiller(net(16), student, losses, balancing="magnitude")
 

@@ -150,6 +150,7 @@ def test_masked_features_are_generated_from_what_is_left():
     masked = (seen[0] == 0).all(-1)
     assert 0.3 < masked.mean() < 0.7
     np.testing.assert_array_equal(seen[0][~masked], drawn[~masked])
+    assert loss.head([shape], [shape]).align is None  # As in the authors' code.
 
 
 def test_contrastive():
@@ -162,6 +163,42 @@ def test_contrastive():
     losses = -np.log(softmax(logits[np.ix_(kept, kept)]).diagonal())
     expected = (WEIGHTS[kept] * losses).sum() / 5
     assert value(loss, T, S, WEIGHTS) == pytest.approx(expected, rel=1e-5)
+
+
+def test_contrastive_remembers_earlier_examples():
+    loss = distillation.Contrastive(width=3, temperature=0.5, bank=8)
+    head = loss.head([(None, 4)], [(None, 4)])
+    batches = [
+        (RANDOM.normal(size=(3, 4)).astype("float32"), RANDOM.normal(size=(3, 4)).astype("float32"))
+        for _ in range(4)
+    ]
+    weights = np.array([1.0, 0.0, 2.0], "float32")
+    kept, filled = np.zeros((0, 3)), np.zeros(0)
+    for t, s in batches:
+        v, u = (np.asarray(layer(x)) for layer, x in ((head.teacher, t), (head.student, s)))
+        v, u = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (v, u))
+        negatives = np.concatenate([v[weights > 0], kept[filled > 0]])
+        logits = u[weights > 0] @ negatives.T / 0.5
+        losses = -np.log(softmax(logits).diagonal())
+        expected = (weights[weights > 0] * losses).sum() / 3
+        watched = value(loss, t, s, weights, head=head, training=False)
+        assert watched == pytest.approx(expected, rel=1e-5)
+        assert value(loss, t, s, weights, head=head) == pytest.approx(expected, rel=1e-5)
+        kept = np.concatenate([v, kept])[:8]
+        filled = np.concatenate([weights > 0, filled])[:8]
+    np.testing.assert_allclose(head.bank.embeddings, kept, atol=1e-6)
+    np.testing.assert_array_equal(head.bank.filled, filled)
+    assert filled.sum() == 5
+
+
+def test_what_the_bank_holds_has_no_gradient():
+    loss = distillation.Contrastive(width=3, bank=4)
+    head = loss.head([(None, 4)], [(None, 4)])
+    value(loss, T, S, head=head)
+    assert head.bank.filled.numpy().tolist() == [1.0] * 4  # Of a batch of 5.
+    assert {v.path for v in head.trainable_variables} & {v.path for v in head.bank.variables} == (
+        set()
+    )
 
 
 def rkd_distance(t, s, w):
@@ -304,6 +341,7 @@ def test_arguments_survive_too():
         (lambda: distillation.Attention(on="weights"), "scores"),
         (lambda: distillation.Relations(relations=("qx",)), "Unknown relations"),
         (lambda: distillation.Contrastive(temperature=0), "above 0"),
+        (lambda: distillation.Contrastive(bank=-1), "0 or more"),
         (lambda: distillation.get("logit"), "Did you mean 'logits'"),
         (lambda: distillation.get(3), "Unknown distillation loss"),
     ],

@@ -5,11 +5,12 @@ import numpy as np
 import tensorflow as tf
 
 from tests.distillation.networks import data, entropy
-from tfcompress.distillation import Distiller, TeacherCache
+from tfcompress.distillation import Contrastive, Distiller, TeacherCache
 
 CASES = {
     "features, balanced": ["logits", "features"],
     "relations of examples": ["rkd_distance", "rkd_angle", "similarity", "contrastive"],
+    "a bank": [Contrastive(width=8, bank=40)],
     "cache": ["logits", "features"],
 }
 

@@ -163,6 +163,36 @@ def chain():
     return keras.Model(inputs, [x, h])
 
 
+@pytest.mark.parametrize("dropped", ["transformer_encoder_layer_0", "transformer_decoder_layer_1"])
+def test_t5_without_a_layer_keeps_the_bias_that_the_first_one_makes(dropped):
+    models = pytest.importorskip("keras_hub.models")
+    model = models.T5Backbone(40, 2, 2, 8, 16)
+    for variable in model.weights:
+        variable.assign(np.random.default_rng(0).normal(0, 0.3, variable.shape))
+    found = {block.name: block.is_droppable for block in drop.blocks(model)}
+    assert found == {
+        f"transformer_{part}_layer_{number}": True
+        for part in ("encoder", "decoder")
+        for number in "01"
+    }
+    x = {
+        f"{part}_{name}": tokens()[name]
+        for part in ("encoder", "decoder")
+        for name in ("token_ids", "padding_mask")
+    }
+    shallow = drop.drop_layers(model, dropped)
+    # A residual block that adds nothing is one that is not there.
+    for variable in model.weights:
+        if f"{dropped}/" in variable.path and "output_projector" in variable.path:
+            variable.assign(np.zeros(variable.shape))
+    for one, other in zip(
+        keras.tree.flatten(shallow(x)), keras.tree.flatten(model(x)), strict=True
+    ):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    kept = {path.path for path in shallow.weights}
+    assert not any(f"{dropped}_cross" in path or f"{dropped}_input" in path for path in kept)
+
+
 def test_two_tensors_read_outside_are_refused_by_name():
     with pytest.raises(ValueError, match=r"'block_2': 2 of its tensors.*block_2_dense"):
         drop.drop_layers(chain(), "block_2")

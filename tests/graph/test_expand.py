@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
+from tests.architectures import ARCHITECTURES
 from tfcompress.graph import expand
 
 COMPOSITE = (keras.Model, layers.MultiHeadAttention)
@@ -304,6 +305,29 @@ def test_inputs_that_only_embeddings_read_become_integers():
     assert expand(model).inputs[0].dtype == "int32"
 
 
+def test_inputs_whose_length_is_asked_for_become_integers_too():
+    class Positions(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.token, self.position = layers.Embedding(50, 4), layers.Embedding(9, 4)
+
+        def call(self, x):
+            return self.token(x) + self.position(ops.arange(ops.shape(x)[1]))
+
+    model = Positions()
+    model(tokens(2, 7))
+    flat = expand(model, inputs=keras.Input((None,), dtype="int32"))
+    for length in (7, 3):
+        assert_equal(flat(tokens(2, length)), model(tokens(2, length)))
+    model.build((None, None))
+    free = expand(model)
+    assert (free.inputs[0].shape, free.inputs[0].dtype) in [
+        ((None, 7), "int32"),
+        ((None, None), "int32"),
+    ]
+    assert_equal(free(tokens(2, 7)), model(tokens(2, 7)))
+
+
 def test_several_arguments_of_call_are_passed_by_name():
     class Two(keras.Model):
         def __init__(self):
@@ -453,13 +477,53 @@ def test_keras_hub_encoders_expand(kind, tmp_path):
 
 
 def test_a_library_layer_that_cannot_be_traced_stays_whole_and_the_log_says_so(caplog):
-    models = pytest.importorskip("keras_hub").models
-    model = models.GPT2Backbone(50, 1, 2, 16, 32, max_sequence_length=16)
+    class FromHub(layers.Layer):
+        def __init__(self):
+            super().__init__(name="hub")
+            self.dense = layers.Dense(4)
+
+        def call(self, x):
+            return self.dense(x) if ops.max(x) > 0 else x
+
+        def compute_output_spec(self, x):
+            return self.dense.compute_output_spec(x)
+
+    FromHub.__module__ = "keras_hub.src.layers.from_hub"
+    x = keras.Input((4,))
+    layer = FromHub()
+    layer(floats(2, 4))
+    model = keras.Model(x, layer(x))
     with caplog.at_level(logging.INFO, "tfcompress"):
         flat = expand(model)
-    assert "expand keeps transformer_layer_0 whole" in caplog.text
-    data = {"token_ids": tokens(2, 9), "padding_mask": np.ones((2, 9))}
-    assert_equal(flat(data), model(data))
+    assert "expand keeps hub whole" in caplog.text
+    assert_equal(flat(floats(2, 4)), model(floats(2, 4)))
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "T5", "DeBERTa-v3"])
+def test_what_was_expanded_takes_any_batch_and_length(name, tmp_path):
+    architecture = ARCHITECTURES[f"keras_hub.{name}"]
+    model = architecture.build()
+    flat = expand(model)
+    flat.save(tmp_path / "flat.keras")
+    loaded = keras.models.load_model(tmp_path / "flat.keras")
+    two = architecture.batch(np.random.default_rng(0))
+    for rows, length in [(1, 8), (2, 3)]:
+        data = keras.tree.map_structure(lambda x: x[:rows, :length], two)  # noqa: B023
+        assert_equal(flat(data), model(data))
+        assert_equal(loaded(data), model(data))
+
+
+def test_a_norm_without_a_config_becomes_its_equivalent_or_its_ops():
+    module = pytest.importorskip("keras_hub.src.models.t5.t5_layer_norm")
+    kinds = {}
+    for policy in ("float32", "mixed_float16"):
+        x = keras.Input((4,))
+        model = keras.Model(x, module.T5LayerNorm(dtype=keras.DTypePolicy(policy))(x))
+        flat = expand(model)
+        assert_equal(flat(floats(2, 4)), model(floats(2, 4)))
+        kinds[policy] = [type(layer).__name__ for layer in flat.layers[1:]]
+    assert kinds["float32"] == ["RMSNormalization"]
+    assert "EinsumDense" in kinds["mixed_float16"]
 
 
 def test_python_branches_name_the_layer_and_the_line():

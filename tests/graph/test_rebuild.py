@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from tfcompress.graph import consumers, map_layers
+from tfcompress.graph import consumers, expand, map_layers
+from tfcompress.graph.rebuild import copied
 
 
 @pytest.fixture
@@ -94,6 +95,49 @@ def test_the_result_saves_and_loads(residual, tmp_path):
     map_layers(residual, lambda op: op).save(tmp_path / "m.keras")
     loaded = keras.models.load_model(tmp_path / "m.keras")
     np.testing.assert_array_equal(loaded(data()), residual(data()))
+
+
+@pytest.fixture
+def attention():
+    """The length of what an attention returns is known by its input alone."""
+    x = keras.Input((6, 8))
+    attended = layers.MultiHeadAttention(2, 4, name="attention")(x, x)
+    h = layers.BatchNormalization()(layers.Flatten()(attended))
+    return expand(keras.Model(x, layers.Dense(3)(h)))
+
+
+def test_a_length_that_keras_forgets_is_known_in_what_is_rebuilt(attention):
+    x = data((3, 6, 8))
+    for rebuilt in (attention, copied(attention), map_layers(attention, lambda op: op)):
+        assert rebuilt.get_layer("flatten").output.shape == (None, 48)
+        np.testing.assert_array_equal(rebuilt(x), attention(x))
+
+    wide = layers.Dense(5, name="wide")
+    rebuilt = map_layers(attention, lambda op: wide if isinstance(op, layers.Dense) else op)
+    assert wide.kernel.shape == (48, 5)
+    assert rebuilt(x).shape == (3, 5)
+
+
+def test_a_copy_has_weights_of_its_own_and_shares_layers_as_the_model_does(residual):
+    shared, x = layers.Dense(4, name="shared"), keras.Input((4,))
+    frozen = layers.Dense(2, name="frozen", trainable=False)
+    model = keras.Model(x, frozen(shared(shared(x))), trainable=True)
+    copy = copied(model)
+    assert len(copy.weights) == len(model.weights) == 4
+    assert not copy.get_layer("frozen").trainable
+    np.testing.assert_array_equal(copy(data()), model(data()))
+    copy.get_layer("shared").kernel.assign(np.zeros((4, 4)))
+    assert np.abs(model.get_layer("shared").kernel).max() > 0
+
+
+def test_a_sequential_model_is_not_copied():
+    with pytest.raises(ValueError, match=r"copied reads the graph of a Functional model"):
+        copied(ResidualLike())
+
+
+class ResidualLike(keras.Model):
+    def call(self, x):
+        return x
 
 
 def test_consumers_lists_readers_in_graph_order(residual):

@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 from keras import layers, ops
 
 from tfcompress.keras_hooks import nodes
@@ -118,3 +119,37 @@ def test_parameters_are_what_an_op_was_made_with():
         found = nodes.parameters(operation)
         for name, value in expected.items():
             assert np.array_equal(np.atleast_1d(found[name]), np.atleast_1d(value)), (kind, name)
+
+
+def test_an_einsum_dense_gets_the_sizes_of_its_input_back():
+    layer, x = layers.EinsumDense("abc,cde->abde", (None, 2, 4)), keras.Input((6, 8))
+    y = layer(x)
+    assert y.shape == (None, None, 2, 4)
+    nodes.restore_sizes(layer, [x], y)
+    assert y.shape == (None, 6, 2, 4)
+
+    deep, x = layers.EinsumDense("...c,cd->...d", (None, 5)), keras.Input((3, 6, 8))
+    y = keras.KerasTensor((None, 3, None, 5))
+    nodes.restore_sizes(deep, [x], y)
+    assert y.shape == (None, 3, 6, 5)
+
+    other = keras.KerasTensor((None, 3))
+    nodes.restore_sizes(layers.Dense(3), [x], other)
+    assert other.shape == (None, 3)
+
+
+def test_the_norm_of_t5_has_an_equivalent_in_keras():
+    module = pytest.importorskip("keras_hub.src.models.t5.t5_layer_norm")
+    norm = module.T5LayerNorm(1e-3, name="norm")
+    norm.build((None, 6))
+    norm.weight.assign(np.linspace(-1, 2, 6))
+    same = nodes.equivalent(norm)
+    assert same.scale is norm.weight and same.name == "norm"
+    assert [id(x) for x in same.trainable_variables] == [id(norm.weight)]
+    x = np.random.default_rng(0).normal(size=(4, 3, 6)).astype("float32")
+    np.testing.assert_array_equal(same(x), norm(x))
+
+    half = module.T5LayerNorm(1e-3, dtype="mixed_float16")
+    half.build((None, 6))
+    assert nodes.equivalent(half) is None  # RMSNormalization would compute in float32.
+    assert nodes.equivalent(layers.Dense(2)) is None

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers, ops
 from keras.src.layers import layer as layer_module
 
@@ -159,3 +160,36 @@ def test_the_error_names_the_innermost_layer_and_its_line():
     with pytest.raises(tracing.TraceError, match=r"'inner'.*test_tracing\.py:\d+.*# the line") as e:
         tracing.trace(model, (keras.Input((3,)),), {}, is_leaf)
     assert e.value.layer is model.inner
+
+
+def test_tf_gather_along_the_last_axis_is_an_op_while_tracing():
+    class Gathering(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(4)
+
+        def call(self, x):
+            order = ops.cast(ops.relu(x[:, :2]), "int32")
+            picked = tf.gather(self.dense(x), order, batch_dims=1)
+            return tf.gather(picked, tf.gather([1, 0, 1], [2, 1]), axis=1)
+
+    plain = tf.gather
+    model = keras.Sequential([keras.Input((3,)), Gathering()])
+    trace = traced(model)
+    kinds = [type(call.operation).__name__ for call in trace.calls]
+    assert kinds[-2:] == ["TakeAlongAxis", "Take"]
+    assert tf.gather is plain
+
+
+def test_tf_gather_that_is_no_op_is_refused():
+    class Gathering(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(4)
+
+        def call(self, x):
+            return tf.gather(self.dense(x), ops.cast(x[:, :, 0], "int32"), batch_dims=1)
+
+    model = keras.Sequential([keras.Input((3, 3)), Gathering()])
+    with pytest.raises(tracing.TraceError, match="batch_dims=1 has no op"):
+        traced(model)

@@ -34,3 +34,12 @@ def test_a_layer_with_several_shapes_is_built():
     wrapper = Around(keras.layers.MultiHeadAttention(2, 4))
     assert wrapper(np.ones((1, 3, 5)), np.ones((1, 7, 6))).shape == (1, 3, 5)
     assert wrapper.layer.built
+
+
+@pytest.mark.filterwarnings("ignore:Do not pass an `input_shape`")
+def test_the_input_shape_of_a_first_layer_builds_its_model():
+    layer = keras.layers.Dense(2, input_shape=(3,))
+    assert layer._input_shape_arg == (3,)
+    model = keras.Sequential([Around(layer)])
+    assert model.built
+    assert model.input_shape == (None, 3)

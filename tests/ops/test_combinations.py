@@ -100,10 +100,10 @@ def kept_units(units, masks):
     groups = []
     for members in units.groups:
         found = []
-        for i in members:
-            mask = tf.cast(masks[i], tf.float32)
-            most = units.structures[i].reduce(mask, "max").numpy()
-            share = units.structures[i].reduce(mask, "mean").numpy()
+        for each in members:
+            mask = tf.cast(masks[each.weight], tf.float32)
+            most = each.structure.reduce(mask, "max").numpy()
+            share = each.structure.reduce(mask, "mean").numpy()
             np.testing.assert_allclose(most, share, atol=1e-6)
             found.append(most > 0.5)
         for each in found:

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -9,6 +10,8 @@ import pytest
 import tensorflow as tf
 
 from tfcompress.ops import structures
+from tfcompress.ops.allocation import uniform
+from tfcompress.ops.masks import Units
 from tfcompress.ops.structures import Block, Channel, Head, NofM, Structure, Unstructured
 
 SHAPES = hnp.array_shapes(min_dims=2, max_dims=4, max_side=7)
@@ -165,6 +168,69 @@ def test_eager_graph_and_xla_agree(structure):
 def test_a_structure_survives_serialization(structure):
     config = keras.saving.serialize_keras_object(structure)
     assert keras.saving.deserialize_keras_object(config) == structure
+
+
+# Two coupled kernels: units of "a" are columns of one and, two rows each, of the other.
+GROUPS = {
+    "one/kernel": [{"axis": 1, "group": "a", "places": [0, 1, 2]}],
+    "one/bias": [{"axis": 0, "group": "a", "places": [0, 1, 2]}],
+    "two/kernel": [
+        {"axis": 0, "group": "a", "places": [0, 0, -1, 1, 1, 2, 2]},
+        {"axis": 1, "group": "b", "places": [0, 1]},
+    ],
+}
+SHAPES_OF_GROUPS = {"one/kernel": (2, 3), "one/bias": (3,), "two/kernel": (7, 2), "other": (4, 4)}
+
+
+def test_a_group_spans_weights_and_a_weight_groups():
+    units, skipped = Units.cut(Channel(groups=GROUPS), SHAPES_OF_GROUPS)
+    assert skipped == {"other": "in none of the groups"}
+    one, two = np.array([[1.0, 5, 9]] * 2), np.ones((7, 2))
+    two[3:5] = 40.0
+    scores = [tf.constant(one), None, tf.constant(two)]
+    pooled = units.pool(scores)
+    # Two columns of 2 weights and 2 rows of 2 weights each; the third row is of no unit.
+    np.testing.assert_allclose(pooled[0], [(2 + 4) / 6, (10 + 160) / 6, (18 + 4) / 6], rtol=1e-6)
+    np.testing.assert_allclose(pooled[1], [85 / 7, 85 / 7], rtol=1e-6)
+    masks = units.choose(scores, 0.5, uniform)
+    assert masks[0].numpy().astype(int).tolist() == [[0, 1, 1]] * 2
+    assert masks[1].numpy().astype(int).tolist() == [0, 1, 1]
+    rows = [0, 0, 1, 1, 1, 1, 1]
+    assert masks[2].numpy().astype(int).tolist() == [[row, 0] for row in rows]
+
+
+@pytest.mark.parametrize("how", sorted(HOWS))
+def test_parts_reduce_over_what_they_hold(how):
+    ((part, group), _) = Channel(groups=GROUPS).parts("two/kernel", (7, 2))
+    values = np.random.default_rng(0).normal(size=(7, 2)).astype("float32")
+    rows = [[0, 1], [3, 4], [5, 6]]
+    expected = [HOWS[how](values[each]) for each in rows]
+    np.testing.assert_allclose(part.reduce(tf.constant(values), how), expected, rtol=1e-6)
+    assert (group, part.num_units((7, 2)), part.num_weights((7, 2))) == ("a", 3, 12)
+    assert part.sizes((7, 2)).numpy().tolist() == [4.0, 4.0, 4.0]
+
+
+def test_groups_survive_serialization_as_json():
+    structure = Channel(groups=GROUPS)
+    config = json.loads(json.dumps(keras.saving.serialize_keras_object(structure)))
+    assert keras.saving.deserialize_keras_object(config) == structure
+    assert repr(structure) == "Channel(groups=<of 3 weights>)"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Channel(0, GROUPS), "takes axis, or groups"),
+        (lambda: Channel(groups={"a": [{"axis": 0}]}), "takes axis, or groups"),
+        (lambda: Channel(groups=["a"]), "takes axis, or groups"),
+        (lambda: Channel(groups=GROUPS).bind("one/kernel", (2, 3)), "units of several weights"),
+        (lambda: Channel(groups=GROUPS).parts("one/kernel", (2, 4)), "3 elements along axis 1"),
+        (lambda: Channel(groups=GROUPS).parts("two/kernel", (7,)), "2 elements along axis 1"),
+    ],
+)
+def test_groups_that_do_not_fit_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 def test_the_heads_of_an_attention_layer_share_a_key():

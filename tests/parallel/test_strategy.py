@@ -33,6 +33,12 @@ def test_a_broken_cluster_is_shown():
         choose({"TF_CONFIG": "worker:0"}, 0, 0)
 
 
+def test_parameter_servers_are_refused():
+    config = json.dumps({"cluster": {"worker": ["a:1", "b:1"], "ps": ["c:1"]}})
+    with pytest.raises(ValueError, match="parameter servers, .* under which Keras 3 cannot train"):
+        choose({"TF_CONFIG": config}, 0, 0)
+
+
 def test_a_strategy_passes_through():
     strategy = tf.distribute.OneDeviceStrategy("CPU:0")
     assert parallel.strategy(strategy) is strategy

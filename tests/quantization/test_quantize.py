@@ -25,7 +25,7 @@ def cnn():
 
 def wrapped(model):
     return {
-        layer.layer.name: list(layer.ranges)
+        layer.name.removeprefix("quantize_"): list(layer.ranges)
         for layer in model.layers
         if isinstance(layer, Quantize)
     }
@@ -49,6 +49,13 @@ def test_calibrated_outputs_are_near_those_of_the_float_model():
     assert 0 < np.abs(close - expected).max() < 0.05 * np.abs(expected).max()
     coarse = quantize(model, "int3", "int3", calibration=X).predict(X, verbose=0)
     assert np.abs(coarse - expected).mean() > 4 * np.abs(close - expected).mean()
+
+
+def test_a_model_of_plain_operations_is_stripped():
+    x = keras.Input((4,))
+    plain = strip(quantize(keras.Model(x, layers.Dense(2)(x + 1.0))))
+    names = [operation.name for operation in plain.operations]
+    assert len(set(names)) == len(names) == 5
 
 
 def test_without_calibration_only_the_weights_are_rounded():
@@ -124,7 +131,7 @@ def test_attention_has_a_range_behind_each_step_and_none_that_holds_a_mask(argum
     model, x = attention(**arguments), RNG.normal(size=(32, 6, 8)).astype("float32")
     quantized = quantize(model, calibration=x)
     ranges = {
-        layer.layer.name.removeprefix("mha_dot_product_attention_"): layer.ranges["output"]
+        layer.name.removeprefix("quantize_mha_dot_product_attention_"): layer.ranges["output"]
         for layer in quantized.layers
         if isinstance(layer, Quantize) and "dot_product" in layer.name
     }

@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from tfcompress.keras_hooks.state import find_state
 from tfcompress.keras_hooks.walk import named_variables, select_kernels, trained_model
+from tfcompress.keras_hooks.workers import is_chief
 from tfcompress.optional import require
 
 
@@ -19,7 +20,8 @@ class CompressionLogger(keras.callbacks.Callback):
     weights their value until training ends).
 
     Args:
-        log_dir: Directory for TensorBoard summaries; None for none.
+        log_dir: Directory for TensorBoard summaries; None for none. Of several workers, the chief
+            writes them.
 
     Raises:
         ImportError: `log_dir` is given, and TensorBoard is not installed.
@@ -47,7 +49,7 @@ class CompressionLogger(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         """Open the summary file."""
-        if self.log_dir is not None:
+        if self.log_dir is not None and is_chief(self.model.distribute_strategy):
             self._writer = tf.summary.create_file_writer(str(self.log_dir))
 
     def on_epoch_end(self, epoch, logs=None):

@@ -6,9 +6,10 @@ import keras
 import tensorflow as tf
 
 from tfcompress import schedules
+from tfcompress.callbacks.base import logger
 from tfcompress.callbacks.masking import NEVER, Group, MaskingCallback
 from tfcompress.checks import check_frequency, check_sparsity
-from tfcompress.graph.roles import prunable
+from tfcompress.graph.roles import check_coupled, prunable, select
 from tfcompress.keras_hooks.overlay import Overlay, attach, readers
 from tfcompress.keras_hooks.update import around_gradients, variable_key
 from tfcompress.keras_hooks.walk import group_by_glob
@@ -43,7 +44,9 @@ class Pruning(MaskingCallback):
         criterion: Scores the weights: "magnitude", "random", "gradient", "fisher", "movement",
             "batch_norm", an object of `tfcompress.criteria`, or a function weight -> scores.
         structure: What is pruned as a unit: "unstructured", "2:4" (any n:m), "channel", "head", or
-            an object of `tfcompress.structures`, such as `Block(4, 4)`.
+            an object of `tfcompress.structures`, such as `Block(4, 4)`, or
+            `Channel(groups=tfcompress.channel_groups(model))` for the channels, neurons and heads
+            that `tfcompress.shrink_plan(model, zeros=True)` then removes.
         allocation: How the sparsity is shared out: "uniform" (each weight), "global" (all weights
             of one schedule together), "erk", "lamp", or a function.
         frequency: Steps between two choices of the masks; a schedule's last step always is one.
@@ -118,6 +121,14 @@ class Pruning(MaskingCallback):
                 f"The criterion batch_norm scores whole channels, got structure={self.structure!r}."
                 ' Pass structure="channel".'
             )
+        check_coupled(
+            self._structure,
+            sparsity=self.sparsity,
+            criterion="batch_norm" if self._reads("batch_norm") else None,
+            regrowth=self.regrowth,
+            include=self.include,
+            exclude=self.exclude,
+        )
         if self._structure.choose and self._allocation is not allocations.uniform:
             raise ValueError(
                 f"{self.structure!r} keeps the same share in each group, so allocation="
@@ -150,6 +161,11 @@ class Pruning(MaskingCallback):
         return getattr(self._criterion, "threshold", None) is not None
 
     # Before the first step.
+
+    def _select(self, model):
+        selected, self.skipped = select(model, self._structure, self.include, self.exclude)
+        logger.info("Pruning skips %s", self.skipped)
+        return selected
 
     def _group_weights(self, model, weights):
         fitting = prunable(model, weights, self._structure, self._criterion)

@@ -2,11 +2,13 @@
 
 from tfcompress.distillation.attention import Attention, Relations
 from tfcompress.distillation.cache import TeacherCache
+from tfcompress.distillation.contrastive import Contrastive
 from tfcompress.distillation.distiller import Distiller
-from tfcompress.distillation.features import ActivationMaps, Contrastive, Features, MaskedFeatures
+from tfcompress.distillation.features import ActivationMaps, Features, MaskedFeatures
 from tfcompress.distillation.losses import CrossEntropy, Logits, Loss, MeanSquaredError
 from tfcompress.distillation.names import get
 from tfcompress.distillation.relations import RKDAngle, RKDDistance, Similarity
+from tfcompress.distillation.student import student
 
 __all__ = [
     "ActivationMaps",
@@ -25,4 +27,5 @@ __all__ = [
     "Similarity",
     "TeacherCache",
     "get",
+    "student",
 ]

@@ -56,8 +56,8 @@ class Attention(AttentionLoss):
     Args:
         teacher: Glob or globs over the paths of the teacher's attention layers; None for all.
         student: Likewise of the student.
-        mapping: How several layers are paired: `"uniform"`, `"last"`, `"searched"`, or pairs of
-            globs (teacher, student).
+        mapping: How several layers are paired: `"uniform"`, `"last"`, `"same"`, `"searched"`, or
+            pairs of globs (teacher, student).
         parts: The names of the layers inside that make query, key and value.
         on: `"scores"` or `"maps"`.
 

@@ -36,7 +36,7 @@ class Distiller(keras.distillation.Distiller):
     * Callbacks that prune or quantize work on the student.
 
     Args:
-        teacher: A built model, a list of several, or a `TeacherCache` of one. It must share no
+        teacher: A built model, a list of several, or a `TeacherCache` of them. It must share no
             trained weight with the student: for self-distillation pass a copy.
         student: A model.
         distillation_losses: One or several of `"logits"`, `"cross_entropy"`, `"mse"`, `"features"`,
@@ -107,9 +107,8 @@ class Distiller(keras.distillation.Distiller):
         self.distillation_loss_weights = _weights(
             "distillation_loss_weights", distillation_loss_weights, len(losses), 1.0
         )
-        self.teacher_weights = _weights(
-            "teacher_weights", teacher_weights, len(teachers), 1.0 / len(teachers)
-        )
+        count = len(self.cache.points) if self.cache else len(teachers)
+        self.teacher_weights = _weights("teacher_weights", teacher_weights, count, 1.0 / count)
         _check_share(student_loss_weight)
         self.student_loss_weight = student_loss_weight
         check_balancing(balancing)
@@ -306,7 +305,7 @@ class Distiller(keras.distillation.Distiller):
         with outside_of_calls():
             student = trace_points(self.student, inputs)
             traced = [trace_points(teacher, inputs) for teacher in self.teachers]
-            teachers = [self.cache.points] if self.cache else traced
+            teachers = self.cache.points if self.cache else traced
             self._activations = [(points.activations, student.activations) for points in teachers]
             self._terms = [
                 self._term(loss, i, points, student)
@@ -323,7 +322,7 @@ class Distiller(keras.distillation.Distiller):
             for i in range(len(teachers))
         ]
         if self.cache:
-            self.cache.require(self._teacher_points[0])
+            self.cache.require(self._teacher_points)
         self._inputs_seen = keras.tree.map_structure(
             lambda x: {
                 "shape": (None, *x.shape[1:]),
@@ -402,7 +401,7 @@ class Distiller(keras.distillation.Distiller):
                 )
             return [self._ask(i, x) for i in range(len(self.teachers))]
         if targets is not None:
-            return [self.cache.restore(targets)]
+            return self.cache.restore(targets)
         if training:
             raise ValueError(
                 "This Distiller learns from a cache, and the data lacks what the teacher said. "

@@ -1,13 +1,14 @@
 """Which layer of the teacher teaches which layer of the student."""
 
 import fnmatch
+import re
 from collections.abc import Sequence
 
 import numpy as np
 
 from tfcompress.optional import require
 
-MAPPINGS = ("uniform", "last", "searched")
+MAPPINGS = ("uniform", "last", "same", "searched")
 
 
 def check_mapping(mapping) -> None:
@@ -36,11 +37,12 @@ def pairs(mapping, teacher: Sequence, student: Sequence, what: str) -> list[tupl
     """Pair the layers of a teacher with those of a student.
 
     Of n layers of a teacher and m of a student, `"uniform"` pairs the student's layer i, from 1 to
-    m, with the teacher's `round(i * n / m)`, `"last"` with `n - m + i`.
+    m, with the teacher's `round(i * n / m)`, `"last"` with `n - m + i`, and `"same"` with the one
+    of its name, as `distillation.student` keeps them (`block_2/norm` is `block_2_norm` there).
 
     Args:
-        mapping: `"uniform"`, `"last"`, or pairs of globs (teacher, student) that match one layer
-            each.
+        mapping: `"uniform"`, `"last"`, `"same"`, or pairs of globs (teacher, student) that match
+            one layer each.
         teacher: Points, or tuples of them, in order of computation.
         student: Likewise.
         what: Who asks, for messages.
@@ -49,8 +51,8 @@ def pairs(mapping, teacher: Sequence, student: Sequence, what: str) -> list[tupl
         `(teacher, student)` for each pair.
 
     Raises:
-        ValueError: The student has more layers than the teacher, a glob of a pair matches none or
-            several, or the mapping has not been searched for.
+        ValueError: The student has more layers than the teacher, or one of another name, a glob of
+            a pair matches none or several, or the mapping has not been searched for.
 
     Example:
 
@@ -58,6 +60,8 @@ def pairs(mapping, teacher: Sequence, student: Sequence, what: str) -> list[tupl
     [('t2', 's1'), ('t4', 's2')]
     >>> pairs("last", ["t1", "t2", "t3", "t4"], ["s1", "s2"], "features")
     [('t3', 's1'), ('t4', 's2')]
+    >>> pairs("same", ["net/b_0/norm", "net/b_1/norm"], ["net_b_1_norm"], "features")
+    [('net/b_1/norm', 'net_b_1_norm')]
 
     Reference: Jiao et al. 2020 (TinyBERT), https://arxiv.org/abs/1909.10351.
     """
@@ -68,6 +72,8 @@ def pairs(mapping, teacher: Sequence, student: Sequence, what: str) -> list[tupl
         )
     if not isinstance(mapping, str):
         return [(_only(one, teacher, what), _only(two, student, what)) for one, two in mapping]
+    if mapping == "same":
+        return _same(teacher, student, what)
     n, m = len(teacher), len(student)
     if m > n:
         raise ValueError(
@@ -83,19 +89,40 @@ def _uniform(n: int, m: int) -> list[int]:
     return [(2 * i * n + m) // (2 * m) - 1 for i in range(1, m + 1)]
 
 
+def _same(teacher: Sequence, student: Sequence, what: str) -> list[tuple]:
+    named = {_flat(layer): layer for layer in teacher}
+    strange = [layer_name(layer) for layer in student if _flat(layer) not in named]
+    if strange:
+        raise ValueError(
+            f'{what}(mapping="same") finds no layer of the teacher for {strange}, only '
+            f"{[layer_name(layer) for layer in teacher]}. Pass globs that match the same layers of "
+            'both, "uniform", or pairs.'
+        )
+    return [(named[_flat(layer)], layer) for layer in student]
+
+
+def _flat(layer) -> str:
+    """The name that a layer has in a flat graph, see `tfcompress.expand`."""
+    return re.sub(r"[^\w.:#-]", "_", layer_name(layer))
+
+
 def _only(glob: str, layers: Sequence, what: str):
-    hits = [layer for layer in layers if fnmatch.fnmatchcase(_name(layer), glob)]
+    hits = [layer for layer in layers if fnmatch.fnmatchcase(layer_name(layer), glob)]
     if len(hits) != 1:
         raise ValueError(
             f"{glob!r} in the mapping of {what} matches {len(hits)} of the layers "
-            f"{[_name(layer) for layer in layers]}; expected one."
+            f"{[layer_name(layer) for layer in layers]}; expected one."
         )
     return hits[0]
 
 
-def _name(layer) -> str:
-    """The path of a point; of the parts of an attention layer, that of the layer."""
-    return layer if isinstance(layer, str) else layer[0].rpartition("/")[0]
+def layer_name(layer) -> str:
+    """The path of a point; of the parts of an attention layer, that of the layer.
+
+    >>> layer_name("block/dense:input")
+    'block/dense:input'
+    """
+    return layer if isinstance(layer, str) else layer.layer
 
 
 def cheapest(costs: np.ndarray, in_order: bool = True) -> list[int]:

@@ -3,7 +3,8 @@
 import keras
 
 from tfcompress.distillation.attention import Attention, Relations
-from tfcompress.distillation.features import ActivationMaps, Contrastive, Features, MaskedFeatures
+from tfcompress.distillation.contrastive import Contrastive
+from tfcompress.distillation.features import ActivationMaps, Features, MaskedFeatures
 from tfcompress.distillation.losses import CrossEntropy, Logits, Loss, MeanSquaredError
 from tfcompress.distillation.relations import RKDAngle, RKDDistance, Similarity
 from tfcompress.shorthands import resolve

@@ -23,6 +23,16 @@ _INPUT = ":input"
 _OUTPUT = "output:{}"
 
 
+class AttentionPoints(tuple):
+    """The points of query, key and value of one call of an attention layer.
+
+    Attributes:
+        layer: The path of the layer, with `#2`, ... of a further call.
+    """
+
+    layer = ""
+
+
 @dataclasses.dataclass(frozen=True)
 class Points(Value):
     """The points of one model in the order in which they are computed, and their shapes.
@@ -83,8 +93,11 @@ class Points(Value):
         ]
         return list(dict.fromkeys(hits))
 
-    def attention(self, globs, parts: Sequence[str], what: str) -> list[tuple[str, ...]]:
+    def attention(self, globs, parts: Sequence[str], what: str) -> list["AttentionPoints"]:
         """The attention layers that `globs` match, each as the points of its query, key, value.
+
+        In a flat graph (`tfcompress.expand`), where `attention/query` is `attention_query`, the
+        layer is what these names begin with.
 
         Args:
             globs: Globs over the paths of layers; None for all that have such parts.
@@ -92,7 +105,7 @@ class Points(Value):
             what: Who asks, for the message.
 
         Returns:
-            One tuple of names a call of a layer, in the order of `parts`.
+            The names, in the order of `parts`, for each call of a layer.
 
         Raises:
             ValueError: There is none, or a glob matches another layer only.
@@ -100,10 +113,13 @@ class Points(Value):
         last = parts[-1]
         found = {}
         for name in self.shapes:
-            match = re.fullmatch(rf"(.*)/{re.escape(last)}(#\d+)?", name)
-            points = match and tuple(f"{match[1]}/{part}{match[2] or ''}" for part in parts)
-            if points and all(point in self.shapes for point in points):
-                found[match[1] + (match[2] or "")] = points
+            match = re.fullmatch(rf"(.+)([/_]){re.escape(last)}(#\d+)?", name)
+            if match:
+                layer, separator, call = match[1], match[2], match[3] or ""
+                points = AttentionPoints(f"{layer}{separator}{part}{call}" for part in parts)
+                points.layer = layer + call
+                if all(point in self.shapes for point in points):
+                    found[points.layer] = points
         globs = ["*"] if globs is None else [globs] if isinstance(globs, str) else list(globs)
         for glob in globs:
             if not fnmatch.filter(found, glob):

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from tfcompress.distillation.features import Features, PointLoss, same_size
 from tfcompress.distillation.losses import float32
-from tfcompress.distillation.mapping import cheapest
+from tfcompress.distillation.mapping import cheapest, layer_name
 from tfcompress.distillation.points import observe, trace_points
 
 
@@ -40,17 +40,14 @@ def searched(loss: PointLoss, teacher, student, batch, in_order: bool = True) ->
     costs = [[_cost(loss, tensors, one, two) for one in candidates[0]] for two in candidates[1]]
     chosen = cheapest(np.array(costs), in_order)
     pairs = tuple(
-        (_name(candidates[0][i]), _name(two)) for i, two in zip(chosen, candidates[1], strict=True)
+        (_escaped(layer_name(candidates[0][i])), _escaped(layer_name(two)))
+        for i, two in zip(chosen, candidates[1], strict=True)
     )
     return dataclasses.replace(loss, mapping=pairs)
 
 
 def _parts(point) -> tuple[str, ...]:
     return (point,) if isinstance(point, str) else point
-
-
-def _name(point) -> str:
-    return _escaped(point if isinstance(point, str) else point[0].rpartition("/")[0])
 
 
 def _escaped(path: str) -> str:

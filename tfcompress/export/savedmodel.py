@@ -1,15 +1,14 @@
 """Export to a SavedModel (a directory), and TensorFlow as what runs it."""
 
-import contextlib
+import functools
 import os
 import pathlib
-import shutil
 from collections.abc import Iterator
 
 import numpy as np
 import tensorflow as tf
 
-from tfcompress.artefact import Format, Tensor, register_format
+from tfcompress.artefact import Format, Tensor, register_format, replacing_directory
 from tfcompress.export.program import Program
 from tfcompress.export.target import NamedRunner, Target
 
@@ -70,42 +69,6 @@ def _tensors(path: pathlib.Path) -> Iterator[Tensor]:
             yield Tensor(name, str(array.dtype), array.shape, index, array)
 
 
-@contextlib.contextmanager
-def _replacing_directory(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A temporary directory beside it, which takes its place at the end; only of a SavedModel."""
-    _check_replaceable(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
-    try:
-        yield temporary
-        if path.exists():  # A directory that is not empty cannot be replaced by a rename.
-            os.rename(path, old)
-        os.rename(temporary, path)
-    finally:
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _check_replaceable(path: pathlib.Path) -> None:
-    if path.exists() and not (path / _FILE).is_file():
-        raise ValueError(
-            f"{str(path)!r} exists and is not a SavedModel, so it is not replaced. Pass a new "
-            "directory, or a path with one of the suffixes .tflite, .onnx or .xml."
-        )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"Cannot write {str(path)!r}: {error.strerror}. Pass a path in a directory that exists "
-            "or can be made."
-        ) from error
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(
-            f"Cannot write {str(path)!r}: {str(path.parent)!r} is read-only. Pass a path in a "
-            "directory you may write to."
-        )
-
-
 TARGET = Target(
     format="savedmodel",
     title="a SavedModel",
@@ -113,7 +76,7 @@ TARGET = Target(
     write=_write,
     float_operators=lambda path: (),
     steps=2.0,
-    replacing=_replacing_directory,
+    replacing=functools.partial(replacing_directory, holds=_FILE, kind="a SavedModel"),
 )
 register_format(
     Format(

@@ -6,12 +6,14 @@ from tfcompress.graph.factorize import factorize
 from tfcompress.graph.fold import fold_batch_norm
 from tfcompress.graph.rebuild import consumers, map_layers
 from tfcompress.graph.shrink import Plan, shrink, shrink_plan
+from tfcompress.graph.unit_groups import channel_groups
 from tfcompress.graph.vocabulary import Vocabulary, prune_vocabulary, special_ids, used_tokens
 
 __all__ = [
     "Plan",
     "Vocabulary",
     "blocks",
+    "channel_groups",
     "consumers",
     "drop_layers",
     "expand",

@@ -232,14 +232,13 @@ class _Graph:
         inside = set(calls)
         whole = Block(name, tuple(dict.fromkeys(self._names[i] for i in calls)))
         cuts, reasons = [], []
-        for entry in self._main_inputs(calls, inside):
+        entries = self._main_inputs(calls, inside)
+        for entry in [x for x in entries if self._is_summed(x, inside)] or entries:
             dropped = nx.descendants(self._edges, self._node(entry)) & inside
             reason, exits = self._cut(entry, dropped, inside)
             reasons.append(reason)
             if not reason:
                 cuts.append((entry, exits[0], dropped))
-        summed = [x for x in cuts if self._is_summed(x[0], inside)]
-        cuts = summed if len(cuts) > 1 and summed else cuts
         if len(cuts) != 1:
             reason = reasons[0] if reasons else "it reads nothing from outside."
             if cuts:
@@ -376,7 +375,7 @@ def _pairs(chain: list) -> list[tuple]:
 def _units(stretches: list[list[int]]) -> list[list[int]]:
     """Stretches of several calls, each with the single calls behind it."""
     starts = [i for i, x in enumerate(stretches) if len(x) > 1]
-    stops = [*starts[1:], len(stretches)]
+    stops = [*starts[1:], len(stretches)][: len(starts)]
     return [sum(stretches[a:b], []) for a, b in zip(starts, stops, strict=True)]
 
 

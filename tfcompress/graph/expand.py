@@ -27,6 +27,9 @@ def expand(model: keras.Model, inputs: Any = None) -> keras.Model:
     after its path (`block_1/conv` becomes `block_1_conv`). Set `trainable` before expanding: each
     view has its own flag. The result is not compiled, and lacks layers that no output depends on.
 
+    A size that only a batch has (`ops.shape(x)[1]` of an input of any length) is computed in the
+    graph, by plain ops, so that the result takes any batch and length that `model` takes.
+
     A variable that is read by the `call` of a layer with sublayers becomes the kernel of an
     `EinsumDense` on ones, or a look-up of all rows if it belongs to an `Embedding`, so that the
     saved model is plain Keras. A variable of another primitive layer that is read like this stays
@@ -80,8 +83,23 @@ def is_primitive(layer: keras.layers.Layer) -> bool:
         getattr(layer, "_tfcompress_primitive", False)
         or isinstance(layer, whole)
         or layer.activity_regularizer is not None
-        or not tracing.sublayers(layer)
+        or not (tracing.sublayers(layer) or _cannot_be_saved(layer))
     )
+
+
+def _from_library(layer: keras.layers.Layer) -> bool:
+    return type(layer).__module__.split(".")[0] in ("keras", "keras_hub")
+
+
+def _cannot_be_saved(layer: keras.layers.Layer) -> bool:
+    """Whether it is a layer of KerasHub without `get_config`, whose ops are saved instead."""
+    if not _from_library(layer) or nodes.equivalent(layer) is not None:
+        return False
+    try:
+        layer.get_config()
+    except NotImplementedError:
+        return True
+    return False
 
 
 def _trace(model: keras.Model, inputs: Any) -> tracing.Trace:
@@ -93,8 +111,7 @@ def _trace(model: keras.Model, inputs: Any) -> tracing.Trace:
             return tracing.trace(model, args, kwargs, lambda x: id(x) in kept or is_primitive(x))
         except tracing.TraceError as error:
             layer = error.layer
-            from_library = type(layer).__module__.split(".")[0] in ("keras", "keras_hub")
-            if layer is model or id(layer) in kept or not from_library:
+            if layer is model or id(layer) in kept or not _from_library(layer):
                 raise
             kept.add(id(layer))
             reason = str(error).splitlines()[0]
@@ -203,7 +220,8 @@ def _index_inputs(inputs: Any, trace: tracing.Trace) -> set[int]:
 
 def _reads_indices(operation: keras.Operation) -> bool:
     is_embedding = isinstance(operation, keras.layers.Embedding)
-    return is_embedding or tracing.plain_name(operation) == "not_equal"
+    reads_any_dtype = tracing.plain_name(operation) == "not_equal" or nodes.is_uniform(operation)
+    return is_embedding or reads_any_dtype
 
 
 def _as_index(x: keras.KerasTensor) -> keras.KerasTensor:
@@ -248,7 +266,8 @@ class _Builder:
         """The one view of an operation in this graph."""
         if id(operation) not in self._views:
             path = self._paths.get(id(operation), (tracing.plain_name(operation),))
-            view = nodes.view(operation, self.unique_name("_".join(path)))
+            stand_in = nodes.equivalent(operation) or operation
+            view = nodes.view(stand_in, self.unique_name("_".join(path)))
             # The operation is kept as well: a freed one would pass on its id.
             self._views[id(operation)] = view, operation
         return self._views[id(operation)][0]

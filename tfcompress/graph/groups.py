@@ -45,6 +45,7 @@ class Coupling:
         flat: A Functional model, e.g. from `tfcompress.expand`.
 
     Attributes:
+        flat: The model.
         flows: `id(KerasTensor) -> Flow`.
         weights: `id(variable) -> (variable, dims)`, of the weights whose layers are known.
         statistics: Layers that average over an axis, with its dim: their result depends on how
@@ -53,6 +54,7 @@ class Coupling:
     """
 
     def __init__(self, flat: keras.Model):
+        self.flat = flat
         self.flows: dict[int, Flow] = {}
         self.weights: dict[int, tuple[keras.Variable, tuple[Dim, ...]]] = {}
         self.statistics: list[tuple[nodes.Call, Dim]] = []
@@ -332,13 +334,11 @@ def _einsum_dense(coupling, call):
     inputs, kernel = left.split(",")
     summed = [axis for axis, letter in enumerate(kernel) if letter in inputs]
     sizes = dict(zip(kernel, coupling.weight(layer.kernel, summed), strict=True))
-    lead, tail = _letters(inputs, len(x.axes))
-    flows = dict(zip(lead + tail, x.axes, strict=True))
+    flows = dict(zip(nodes.axis_names(inputs, len(x.axes)), x.axes, strict=True))
     for letter in set(flows) & set(sizes):
         unify(flows[letter], sizes[letter])
     dims = flows | sizes
-    head, last = _letters(right, len(call.outputs[0].shape))
-    letters = head + last
+    letters = nodes.axis_names(right, len(call.outputs[0].shape))
     if layer.bias is not None:
         axes = [x for x in right.replace("...", "") if x in layer.bias_axes]
         for dim, letter in zip(coupling.weight(layer.bias)[-len(axes) :], axes, strict=True):
@@ -349,15 +349,6 @@ def _einsum_dense(coupling, call):
     biased = set(layer.bias_axes or "") if layer.bias is not None else set(letters)
     made = [letter in kernel and letter in biased for letter in letters]
     return activated(layer.activation, Flow(tuple(dims[x] for x in letters), tuple(made)))
-
-
-def _letters(term: str, rank: int) -> tuple[list[str], list[str]]:
-    """A name for each axis, those of an ellipsis counted from the right."""
-    head, dots, tail = term.partition("...")
-    if not dots:
-        return list(head), []
-    hidden = rank - len(head) - len(tail)
-    return list(head) + [f"...{hidden - i}" for i in range(hidden)], list(tail)
 
 
 @rule("BatchNormalization", "Normalization")
@@ -480,16 +471,39 @@ def _units(coupling, layer, x: Flow) -> Flow:
     "SpatialDropout3D", "ActivityRegularization", "Identity",
     "Relu", "Relu6", "LeakyRelu", "Elu", "Selu", "Gelu", "Silu", "Tanh", "Softsign", "HardSilu",
     "HardTanh", "Celu", "Abs", "Absolute", "Negative", "Square", "Sqrt", "Sin", "Sinh", "Erf",
-    "Cast", "StopGradient", "Sign", "ZerosLike", "Floor", "Round", "ConvertToTensor", "Expm1",
+    "Cast", "StopGradient", "Sign", "Floor", "Ceil", "Round", "ConvertToTensor", "Expm1", "Log1p",
+    "Conj", "Real",
 )  # fmt: skip
 def _zero_to_zero(coupling, call):
     return coupling.flow(call.inputs[0])
 
 
-@rule("Sigmoid", "HardSigmoid", "Softplus", "LogSigmoid", "Exp", "Cos", "OnesLike", "GaussianNoise")
+@rule(
+    "Sigmoid", "HardSigmoid", "Softplus", "LogSigmoid", "Exp", "Cos", "GaussianNoise", "Log",
+    "Rsqrt", "Reciprocal", "Clip",
+)  # fmt: skip
 def _elementwise(coupling, call):
     x = coupling.flow(call.inputs[0])
     return Flow(x.axes, (False,) * len(x.axes))
+
+
+@rule(*nodes.UNIFORM)
+def _uniform(coupling, call):
+    x = coupling.flow(call.inputs[0])
+    for other in call.inputs[1:]:
+        coupling.flow(other).freeze(f"{call.operation.name} reads it")
+    return Flow(x.axes, (type(call.operation).__name__ == "ZerosLike",) * len(x.axes))
+
+
+@rule("Cumsum", "Cumprod")
+def _cumulate(coupling, call):
+    x, axis = coupling.flow(call.inputs[0]), _parameter(call, "axis")
+    if axis is None:
+        return None
+    x.freeze(f"{call.operation.name} adds it up", [axis])
+    zero = list(x.zero)
+    zero[axis] = False
+    return Flow(x.axes, tuple(zero))
 
 
 @rule("Activation")
@@ -513,7 +527,8 @@ def _operands(call) -> list:
 
 
 def _is_number(x) -> bool:
-    return isinstance(x, (int, float, np.number)) and not isinstance(x, bool)
+    is_number = isinstance(x, (int, float, np.number)) or keras.ops.is_tensor(x)
+    return is_number and not isinstance(x, bool)
 
 
 @rule("Add", "Subtract", "Maximum", "Minimum", "Average")
@@ -574,6 +589,25 @@ def _pooling(coupling, call):
     x = coupling.flow(call.inputs[0])
     axis = channels_of(call.operation, len(x.axes))
     return _spatial(coupling, call, x.axes[axis], x.zero[axis], x)
+
+
+@rule("Pad")
+def _pad(coupling, call):
+    x, widths = coupling.flow(call.inputs[0]), _parameter(call, "pad_width")
+    values = [*call.args[1:], *call.kwargs.values()]
+    if len(widths) != len(x.axes) or any(value not in (None, 0) for value in values):
+        return None
+    padded = [axis for axis, width in enumerate(widths) if tuple(width) != (0, 0)]
+    x.freeze(f"{call.operation.name} pads it", padded)
+    made = coupling.fresh(call.outputs[0], f"{call.operation.name} makes it").axes
+    axes = [made[i] if i in padded else dim for i, dim in enumerate(x.axes)]
+    return Flow(tuple(axes), x.zero)
+
+
+@rule("Padder")  # KerasHub's Whisper has it: it pads the second of three axes with zeros.
+def _padder(coupling, call):
+    x = coupling.flow(call.inputs[0])
+    return _spatial(coupling, call, x.axes[2], x.zero[2], x)
 
 
 @rule(
@@ -711,6 +745,7 @@ def _get_item(coupling, call):
     full = []
     for each in key:
         full += [slice(None)] * hidden if each is Ellipsis else [each]
+    is_uniform = nodes.is_uniform(nodes.producer(call.args[0]).operation)
     axes, zero, place = [], [], 0
     for each in full:
         if each is None:
@@ -720,7 +755,7 @@ def _get_item(coupling, call):
         dim, flag = x.axes[place], x.zero[place]
         place += 1
         if isinstance(each, int):
-            if dim is not None:
+            if dim is not None and not is_uniform:
                 dim.freeze("one element of it is read")
             continue
         if not isinstance(each, slice):
@@ -751,8 +786,44 @@ def _repeat(coupling, call):
     if not isinstance(repeats, int) or axis is None or x.axes[axis] is None:
         return None
     axis %= len(x.axes)
-    made = product([x.axes[axis], Dim(repeats, "it is the number of repeats")])
-    return Flow((*x.axes[:axis], made, *x.axes[axis + 1 :]), x.zero)
+    zero = list(x.zero)
+    if x.axes[axis].size == 1:
+        made, zero[axis] = Dim(repeats), False  # They are all the same, and any of them can go.
+    else:
+        made = product([x.axes[axis], Dim(repeats, "it is the number of repeats")])
+    return Flow((*x.axes[:axis], made, *x.axes[axis + 1 :]), tuple(zero))
+
+
+@rule("Take")
+def _take(coupling, call):
+    x, indices = (coupling.flow(each) for each in _operands(call))
+    axis = _parameter(call, "axis")
+    if axis is None:
+        return None
+    axis %= len(x.axes)
+    x.freeze(f"{call.operation.name} looks it up", [axis])
+    axes = (*x.axes[:axis], *indices.axes, *x.axes[axis + 1 :])
+    return Flow(axes, (*x.zero[:axis], *(False for _ in indices.axes), *x.zero[axis + 1 :]))
+
+
+@rule("TakeAlongAxis")
+def _take_along_axis(coupling, call):
+    x, indices = (coupling.flow(each) for each in _operands(call))
+    axis = _parameter(call, "axis")
+    if axis is None or len(x.axes) != len(indices.axes):
+        return None
+    axis %= len(x.axes)
+    x.freeze(f"{call.operation.name} looks it up", [axis])
+    others = [_without(flow, axis) for flow in (x, indices)]
+    both, zero = broadcast(others, any), others[0].zero
+    axes = (*both.axes[:axis], indices.axes[axis], *both.axes[axis:])
+    return Flow(axes, (*zero[:axis], False, *zero[axis:]))
+
+
+def _without(flow: Flow, axis: int) -> Flow:
+    return Flow(
+        (*flow.axes[:axis], *flow.axes[axis + 1 :]), (*flow.zero[:axis], *flow.zero[axis + 1 :])
+    )
 
 
 @rule("Matmul")

@@ -83,6 +83,44 @@ def macs_by_weight(model: keras.Model, batch) -> dict[str | None, int] | None:
         return None
 
 
+def call_macs(operation: keras.Operation, args: tuple, kwargs: dict) -> int:
+    """Multiply-accumulates of one call of a layer or op.
+
+    Args:
+        operation: A built layer, or an op.
+        args: What it is called on; `tf.TensorSpec`s of known shape stand for tensors.
+        kwargs: By name.
+
+    Returns:
+        The number for the whole batch; 0, with a warning, when a shape inside is unknown.
+
+    Example:
+
+    >>> layer = keras.layers.Dense(10)
+    >>> layer.build((None, 100))
+    >>> call_macs(layer, (tf.TensorSpec((8, 100), tf.float32),), {})
+    8000
+    """
+    variables = operation.variables if isinstance(operation, keras.layers.Layer) else []
+
+    @tf.function(autograph=False)
+    def step(values, tensors):
+        with keras.StatelessScope(zip(variables, values, strict=True)):
+            given = iter(tensors)
+            args_, kwargs_ = keras.tree.map_structure(
+                lambda x: next(given) if isinstance(x, tf.TensorSpec) else x, (args, kwargs)
+            )
+            return operation(*args_, **kwargs_)
+
+    specs = [x for x in keras.tree.flatten((args, kwargs)) if isinstance(x, tf.TensorSpec)]
+    weights = [tf.TensorSpec(variable.shape, variable.dtype) for variable in variables]
+    try:
+        return _count(step.get_concrete_function(weights, specs).graph, {}).total()
+    except _UnknownShape as error:
+        warnings.warn(f"No MACs for {operation.name!r}: {error}", stacklevel=2)
+        return 0
+
+
 def _traced(model: keras.Model, batch):
     """The forward pass of one example with the weights as arguments.
 

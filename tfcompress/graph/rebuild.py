@@ -112,6 +112,9 @@ def fill(calls: list[nodes.Call], tensors: dict[int, Any], call: Callable) -> No
         args = keras.tree.map_structure(swap, node.args)
         kwargs = keras.tree.map_structure(swap, node.kwargs)
         outputs = keras.tree.flatten(call(node, args, kwargs))
+        for x in outputs:
+            maker = nodes.producer(x)
+            nodes.restore_sizes(maker.operation, maker.arguments.keras_tensors, x)
         tensors.update(zip(map(id, node.outputs), outputs, strict=True))
 
 
@@ -169,20 +172,38 @@ def copied(model: keras.Model) -> keras.Model:
     Args:
         model: A Functional model, e.g. from `tfcompress.expand`.
 
+    Raises:
+        ValueError: `model` is not Functional.
+
     Example:
 
     >>> import keras
-    >>> model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1, name="dense")])
+    >>> x = keras.Input((1,))
+    >>> model = keras.Model(x, keras.layers.Dense(1, name="dense")(x))
     >>> twin = copied(model)
     >>> twin.layers[-1].kernel is model.layers[-1].kernel
     False
     >>> bool(twin.layers[-1].kernel == model.layers[-1].kernel)
     True
     """
-    copy = keras.models.clone_model(model)
-    copy.set_weights(model.get_weights())
-    for layer in copy.layers:
-        finalize(layer)
+    # Not `clone_model`, in which sizes get lost that `fill` restores.
+    copies: dict[int, keras.layers.Layer] = {}
+
+    def call(node: nodes.Call, args: tuple, kwargs: dict) -> Any:
+        layer = node.operation
+        if not isinstance(layer, keras.layers.Layer):
+            return nodes.record_call(layer, args, kwargs, node.outputs)
+        if id(layer) not in copies:
+            copies[id(layer)] = type(layer).from_config(layer.get_config())
+        return copies[id(layer)](*args, **kwargs)
+
+    require_functional(model, "copied")
+    copy = replay(model, call)
+    for old in model.layers:
+        if id(old) in copies:
+            new = copies[id(old)]
+            new.set_weights(old.get_weights())
+            finalize(new)
     return copy
 
 

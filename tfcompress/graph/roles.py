@@ -10,6 +10,7 @@ from tfcompress.graph.expand import expand
 from tfcompress.graph.rebuild import consumers
 from tfcompress.keras_hooks import nodes
 from tfcompress.keras_hooks.overlay import outside_of_calls, readers
+from tfcompress.keras_hooks.walk import named_variables, select_kernels
 from tfcompress.ops import criteria, structures
 from tfcompress.ops.masks import Units
 
@@ -70,7 +71,7 @@ def prunable(
     ['model/hidden/kernel']
     """
     _, skipped = Units.cut(structure, {path: w.shape for path, w in weights.items()})
-    if isinstance(structure, structures.Channel):
+    if isinstance(structure, structures.Channel) and structure.groups is None:
         skipped |= leave_output_layer(model, weights) | _other_channels(model, weights, structure)
     scales = {}
     if criteria.reads(criterion) == "batch_norm":
@@ -85,6 +86,64 @@ def prunable(
             f"{model.name!r}: {skipped}."
         )
     return Prunable(left, skipped, scales)
+
+
+def select(
+    model: keras.Model, structure: structures.Structure, include=None, exclude=None
+) -> tuple[dict[str, keras.Variable], dict[str, str]]:
+    """The weights that a structure prunes: kernels, or all that the groups of `Channel` name.
+
+    Args:
+        model: Any Keras model with at least one variable.
+        structure: From `structures.get`.
+        include: See `select_kernels`; None with groups.
+        exclude: See `select_kernels`; None with groups.
+
+    Returns:
+        The selected variables by path, and path -> reason for every other one.
+
+    Raises:
+        ValueError: See `select_kernels`, or groups of another model.
+    """
+    groups = getattr(structure, "groups", None)
+    if groups is None:
+        return select_kernels(model, include, exclude)
+    variables = named_variables(model)
+    if missing := [path for path in groups if path not in variables]:
+        raise ValueError(
+            f"The groups have the weight {missing[0]!r}, which {model.name!r} has not; it has "
+            f"{list(variables)}. Make them of this model, by tfcompress.channel_groups(model)."
+        )
+    selected = {path: each for path, each in variables.items() if path in groups}
+    return selected, {path: "in none of the groups" for path in variables if path not in groups}
+
+
+def check_coupled(structure: structures.Structure, **others) -> None:
+    """Refuse what goes by single weights next to a structure whose units span several.
+
+    Args:
+        structure: From `structures.get`.
+        **others: What must be left out; a sparsity must be one for all.
+
+    Raises:
+        ValueError: Something is not left out.
+    """
+    if getattr(structure, "groups", None) is None:
+        return
+    remedies = {
+        "sparsity": "Pass one number or schedule for all groups",
+        "include": "Choose groups by tfcompress.channel_groups(model, include=...)",
+        "exclude": "Choose groups by tfcompress.channel_groups(model, exclude=...)",
+        "regrowth": "Leave it out",
+        "criterion": "Use one that reads weights or gradients, such as magnitude",
+        "threshold": "Pass a sparsity",
+    }
+    for name, value in others.items():
+        if value is not None and (name != "sparsity" or isinstance(value, Mapping)):
+            raise ValueError(
+                f"{name}={value!r} goes by single weights, and the units of {structure} span "
+                f"several. {remedies[name]}."
+            )
 
 
 def _other_channels(model, weights, structure) -> dict[str, str]:

@@ -36,6 +36,7 @@ from tfcompress.keras_hooks.overlay import all_layers
 from tfcompress.keras_hooks.state import find_state
 from tfcompress.keras_hooks.update import unwrap_optimizer
 from tfcompress.keras_hooks.walk import trained_model
+from tfcompress.keras_hooks.workers import has_workers, join_workers
 
 # The part of the step's examples that this replica has, while its step runs.
 _SHARE = contextvars.ContextVar("share", default=None)
@@ -46,7 +47,8 @@ def distribute(model: keras.Model, strategy: tf.distribute.Strategy) -> Callable
 
     Args:
         model: Any Keras model, built or not, compiled or not.
-        strategy: Where it trains: several replicas in one process, as `MirroredStrategy` has.
+        strategy: Where it trains: the replicas of `MirroredStrategy`, in one process, or of
+            `MultiWorkerMirroredStrategy`, in several.
 
     Returns:
         A function that takes the hooks off. Variables stay where they are; see `undistribute`.
@@ -63,8 +65,11 @@ def distribute(model: keras.Model, strategy: tf.distribute.Strategy) -> Callable
         "train_step": functools.partial(_train_step, model),
         "test_step": functools.partial(_test_step, model),
     }
+    if has_workers(strategy):
+        hooks["predict_step"] = _predict_step
     for name, around in hooks.items():
         removes.callback(add_hook(model, name, around, innermost=True))
+    removes.callback(join_workers(model, strategy))
     _forget_functions(model)
     place(model, strategy)
     return removes.close
@@ -184,26 +189,47 @@ def _make_function(model, strategy, proceed, step_function):
         with _share_of(data):
             return layout.pack(step_function(data))
 
-    @tf.autograph.experimental.do_not_convert
     def one_step(data):
         with _scaling_by_share():
             packed = strategy.run(on_replica, args=(data,))
         return strategy.reduce(tf.distribute.ReduceOp.MEAN, packed, axis=None)
 
-    if not model.run_eagerly:
-        one_step = tf.function(one_step, reduce_retracing=True)
     one_step = model._autoconvert_optionals(one_step)
+    next_step = _next_step(one_step, compiled=not model.run_eagerly)
 
     def function(iterator):
         # A loop in the graph cannot hold a distributed batch that may not be there.
         packed = None
-        for _, data in zip(range(model.steps_per_execution), iterator, strict=False):
-            packed = one_step(data)
-        if packed is None:
-            raise StopIteration
+        for _ in range(model.steps_per_execution):
+            try:
+                packed = next_step(iterator)
+            except (StopIteration, tf.errors.OutOfRangeError):
+                if packed is None:
+                    raise
+                break
         return layout.unpack(packed)
 
     return function
+
+
+def _next_step(one_step, compiled):
+    """The step on the next batch of an iterator; a distributed one is read within the graph.
+
+    Outside of it, several workers would trace anew at every batch, to tell whether all have one.
+    """
+    if not compiled:
+        return lambda iterator: one_step(next(iterator))
+    on_batch = tf.function(one_step, reduce_retracing=True, autograph=False)
+    on_iterator = tf.function(
+        lambda iterator: one_step(iterator.get_next()), reduce_retracing=True, autograph=False
+    )
+
+    def next_step(iterator):
+        if isinstance(iterator, tf.distribute.DistributedIterator):
+            return on_iterator(iterator)
+        return on_batch(next(iterator))
+
+    return next_step
 
 
 class _Layout:
@@ -256,6 +282,15 @@ def _test_step(model, proceed, data):
     y_pred, loss = _compiled(model, lambda: _forward(model, x, y, sample_weight, training=False))
     _track_loss(model, loss, x)
     return model.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+
+def _predict_step(proceed, data):
+    """Collectives gather predictions of workers, and know no bfloat16; float32 holds its values."""
+
+    def gatherable(y):
+        return tf.cast(y, tf.float32) if y.dtype == tf.bfloat16 else y
+
+    return tf.nest.map_structure(gatherable, proceed(data))
 
 
 def _forward(model, x, y, sample_weight, training):

@@ -2,7 +2,8 @@
 
 Private Keras API used here, each with a test in `tests/keras_hooks/test_nodes.py`:
 `KerasTensor._keras_history`, `Operation._inbound_nodes` and `_outbound_nodes`, `Node`,
-`EinsumDense._kernel`, `Layer._tracker`, `Reshape.newshape`, `BroadcastTo.shape`.
+`KerasTensor._shape`, `EinsumDense._kernel`, `RMSNormalization.scale`, `Layer._tracker`,
+`Reshape.newshape`, `BroadcastTo.shape`.
 """
 
 from __future__ import annotations
@@ -168,6 +169,27 @@ def weight_layer(variable: keras.Variable, policy) -> tuple[keras.layers.Layer, 
     return layer, argument.astype("float32")
 
 
+def equivalent(layer: keras.layers.Layer) -> keras.layers.Layer | None:
+    """A layer of Keras that computes the same with the same variables, bit by bit, or None.
+
+    Layers of KerasHub that cannot be saved have one: `T5LayerNorm`, in float32.
+
+    Args:
+        layer: Built.
+
+    Returns:
+        A built layer of the same name.
+    """
+    kind = f"{type(layer).__module__.split('.')[0]}.{type(layer).__name__}"
+    if kind != "keras_hub.T5LayerNorm" or layer.compute_dtype != "float32":
+        return None
+    same = keras.layers.RMSNormalization(epsilon=layer.epsilon, name=layer.name)
+    same.build((None, *layer.weight.shape))
+    same.trainable = layer.trainable
+    _replace_weight(same, "scale", layer.weight)
+    return same
+
+
 def _replace_weight(layer: keras.layers.Layer, attribute: str, variable: keras.Variable) -> None:
     layer._tracker.unlock()
     layer._untrack_variable(getattr(layer, attribute))
@@ -178,3 +200,45 @@ def _replace_weight(layer: keras.layers.Layer, attribute: str, variable: keras.V
 def parameters(operation: keras.Operation) -> dict:
     """What an op was made with, by name: the axis of a `split`, the repeats of a `repeat`."""
     return {key: value for key, value in vars(operation).items() if not key.startswith("_")}
+
+
+UNIFORM = ("OnesLike", "ZerosLike", "FullLike")
+
+
+def is_uniform(operation: keras.Operation) -> bool:
+    """Whether an op reads the shape of its input alone, and all elements it makes are the same."""
+    return type(operation).__name__ in UNIFORM
+
+
+def axis_names(term: str, rank: int) -> list[str]:
+    """A name for each axis of a term of an einsum equation, those of an ellipsis from the right.
+
+    >>> axis_names("a...b", 4)
+    ['a', '...2', '...1', 'b']
+    """
+    head, dots, tail = term.partition("...")
+    hidden = rank - len(head) - len(tail) if dots else 0
+    return [*head, *(f"...{hidden - i}" for i in range(hidden)), *tail]
+
+
+def restore_sizes(operation: keras.Operation, inputs: list, output: keras.KerasTensor) -> None:
+    """Give the output of an `EinsumDense` the sizes that its input has, in place.
+
+    Keras takes them from the `output_shape` of the layer, which in attention has None for the
+    length, even if that is known.
+
+    Args:
+        operation: Any layer or op.
+        inputs: The symbolic tensors among its arguments.
+        output: What it returned.
+    """
+    if not isinstance(operation, keras.layers.EinsumDense) or not inputs:
+        return
+    left, right = operation.equation.replace(" ", "").split("->")
+    read = inputs[0].shape
+    sizes = dict(zip(axis_names(left.split(",")[0], len(read)), read, strict=True))
+    letters = axis_names(right, len(output.shape))
+    output._shape = tuple(
+        sizes.get(letter) if size is None else size
+        for letter, size in zip(letters, output.shape, strict=True)
+    )

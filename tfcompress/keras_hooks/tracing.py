@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import re
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,9 +20,17 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras.src.layers import layer as layer_module
 
-from tfcompress.keras_hooks.nodes import Call, calls_between, symbolic_tensors
+from tfcompress.keras_hooks.nodes import (
+    Call,
+    calls_between,
+    is_uniform,
+    restore_sizes,
+    symbolic_tensors,
+)
+from tfcompress.keras_hooks.sizes import NAMESPACES, Sizes
 
 
 class Training:
@@ -85,12 +94,13 @@ class TraceError(ValueError):
 
 
 def _where(error: Exception) -> str:
-    """` (file:line: code)` of the innermost frame outside Keras, TensorFlow and this file."""
+    """` (file:line: code)` of the innermost frame outside Keras, TensorFlow and this package."""
     libraries = re.compile(r"[/\\](keras|tensorflow|optree)[/\\]")
+    own = os.path.dirname(__file__)
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not libraries.search(frame.filename) and frame.filename != __file__
+        if not libraries.search(frame.filename) and os.path.dirname(frame.filename) != own
     ]
     return f" ({frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
 
@@ -143,6 +153,7 @@ class _Tracer:
         self.constants: list[Source] = []
         self.originals: dict[int, dict] = {}
         self.behind: dict[int, list[keras.KerasTensor]] = {}
+        self.sizes = Sizes(lambda: not self.in_primitive)
         self.in_primitive = False
         self.skip_node = False
 
@@ -152,6 +163,9 @@ class _Tracer:
         with contextlib.ExitStack() as stack:
             stack.enter_context(_nodes_restored([*self.primitives, *self.composites]))
             stack.enter_context(_attributes(vars(layer_module), self._node_rule()))
+            for namespace in NAMESPACES:
+                stack.enter_context(_attributes(namespace, self.sizes.stand_ins()))
+            stack.enter_context(_attributes(vars(tf), {"gather": _gather(tf.gather)}))
             for layer in self.primitives:
                 stack.enter_context(_attributes(vars(layer), self._primitive_methods(layer)))
                 stack.enter_context(_attributes(vars(layer), self._stand_ins(layer)))
@@ -222,6 +236,8 @@ class _Tracer:
             inference = {k: False if v is TRAINING else v for k, v in kwargs.items()}
             with self._untouched(layer):
                 outputs = symbolic(*args, **inference)
+            for x in symbolic_tensors(outputs):
+                restore_sizes(layer, symbolic_tensors((args, kwargs)), x)
             self._remember_masks(kwargs, outputs)
             return outputs
 
@@ -297,8 +313,9 @@ class _Tracer:
         if history is None or history.operation is None:
             return []
         operation = history.operation
-        if not isinstance(operation, keras.layers.Layer):
-            self.paths.setdefault(id(operation), (*path, plain_name(operation)))
+        self.paths.setdefault(id(operation), (*path, plain_name(operation)))
+        if is_uniform(operation):
+            return []  # It may read a tensor from before the composite, for its size.
         return operation._inbound_nodes[history.node_index].arguments.keras_tensors
 
 
@@ -424,6 +441,23 @@ def plain_name(operation) -> str:
     """The name of an operation, without the process-wide counter of generated names."""
     generated = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(operation).__name__).lower()
     return generated if re.fullmatch(rf"{generated}(_\d+)?", operation.name) else operation.name
+
+
+def _gather(plain: Callable) -> Callable:
+    """`tf.gather`, which KerasHub's DeBERTa calls, as an op where its arguments are symbolic."""
+
+    @functools.wraps(plain)
+    def gather(params, indices, *args, axis=None, batch_dims=0, **kwargs):
+        if args or kwargs or not symbolic_tensors((params, indices)):
+            return plain(params, indices, *args, axis=axis, batch_dims=batch_dims, **kwargs)
+        axis = batch_dims if axis is None else axis
+        if not batch_dims:
+            return keras.ops.take(params, indices, axis=axis)
+        if axis == batch_dims == len(params.shape) - 1 == len(indices.shape) - 1:
+            return keras.ops.take_along_axis(params, indices, axis=axis)
+        raise ValueError(f"tf.gather with batch_dims={batch_dims} has no op; use keras.ops")
+
+    return gather
 
 
 _MISSING = object()

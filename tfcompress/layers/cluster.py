@@ -118,6 +118,11 @@ class Cluster(CompressionWrapper):
         return {table.kernel.path: table.indices for table in self._tables}
 
     @property
+    def zeros(self) -> dict[str, keras.Variable]:
+        """Whether the first of the values of each weight is fixed at 0, by its path."""
+        return {table.kernel.path: table.zero for table in self._tables}
+
+    @property
     def trainable(self) -> bool:
         """Whether the centroids are trained."""
         return super().trainable

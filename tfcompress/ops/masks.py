@@ -1,6 +1,7 @@
 """Masks: scores, structure and allocation put together. True keeps, False prunes."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import tensorflow as tf
@@ -21,18 +22,30 @@ _OF_MAGNITUDES = (allocations.uniform, allocations.global_)
 
 
 @dataclasses.dataclass(frozen=True)
+class Member:
+    """One division of a weight into units.
+
+    Args:
+        weight: Index of the weight.
+        structure: How it is divided.
+    """
+
+    weight: int
+    structure: structures.Structure
+
+
+@dataclasses.dataclass(frozen=True)
 class Units:
     """How weights are cut into the units that are pruned as a whole; known before any value is.
 
     Args:
         shapes: Of each weight.
-        structures: The structure of each weight.
-        groups: The weights, by index, that share the mask of their units; each is in one group.
+        groups: Divisions of weights that share the mask of their units. A weight that is in several
+            groups is kept where all of them keep it.
     """
 
     shapes: tuple[tuple[int, ...], ...]
-    structures: tuple[structures.Structure, ...]
-    groups: tuple[tuple[int, ...], ...]
+    groups: tuple[tuple[Member, ...], ...]
 
     @classmethod
     def cut(cls, structure, shapes: Mapping[str, Sequence[int]]) -> tuple["Units", dict[str, str]]:
@@ -46,18 +59,26 @@ class Units:
             The units, of the weights in order, and path -> reason for those left out.
         """
         structure = structures.get(structure)
-        bound = {path: structure.bind(path, tuple(shape)) for path, shape in shapes.items()}
-        skipped = {path: each for path, each in bound.items() if isinstance(each, str)}
-        kept = {path: each for path, each in bound.items() if path not in skipped}
-        members: dict[tuple, list[int]] = {}
-        for i, (path, (own, group)) in enumerate(kept.items()):
-            members.setdefault((group, own.num_units(shapes[path])), []).append(i)
+        parts = {path: structure.parts(path, tuple(shape)) for path, shape in shapes.items()}
+        skipped = {path: each for path, each in parts.items() if isinstance(each, str)}
+        kept = [path for path in parts if path not in skipped]
+        members: dict[tuple, list[Member]] = {}
+        for i, path in enumerate(kept):
+            for own, group in parts[path]:
+                key = group, own.num_units(shapes[path])
+                members.setdefault(key, []).append(Member(i, own))
         units = cls(
-            tuple(tuple(shapes[path]) for path in kept),
-            tuple(own for own, _ in kept.values()),
-            tuple(map(tuple, members.values())),
+            tuple(tuple(shapes[path]) for path in kept), tuple(map(tuple, members.values()))
         )
         return units, skipped
+
+    @functools.cached_property
+    def scored(self) -> tuple[tuple[Member, ...], ...]:
+        """The members of each group whose scores count: its kernels; vectors where it has none."""
+        return tuple(
+            tuple(each for each in members if len(self.shapes[each.weight]) > 1) or members
+            for members in self.groups
+        )
 
     def masks(self, weights, criterion, statistics, sparsity, allocation) -> list[tf.Tensor]:
         """Masks of the weights, from a criterion.
@@ -69,50 +90,57 @@ class Units:
             sparsity: Fraction of zeros in [0, 1), a float or a scalar tensor.
             allocation: From `allocation.get`.
         """
-        single = all(isinstance(each, structures.Unstructured) for each in self.structures)
+        each = [member.structure for members in self.groups for member in members]
+        single = all(isinstance(structure, structures.Unstructured) for structure in each)
         if single and criterion is criteria.magnitude and allocation in _OF_MAGNITUDES:
             return allocation([tf.convert_to_tensor(w) for w in weights], sparsity, absolute=True)
-        pairs = zip(weights, statistics, strict=True)
-        scores = [criteria.score(criterion, tf.convert_to_tensor(w), each) for w, each in pairs]
+        counted = {member.weight for members in self.scored for member in members}
+        scores = [
+            criteria.score(criterion, tf.convert_to_tensor(weights[i]), statistics[i])
+            if i in counted
+            else None
+            for i in range(len(self.shapes))
+        ]
         return self.choose(scores, sparsity, allocation)
 
-    def choose(self, scores: Sequence[tf.Tensor], sparsity, allocation) -> list[tf.Tensor]:
+    def choose(self, scores: Sequence[tf.Tensor | None], sparsity, allocation) -> list[tf.Tensor]:
         """Masks of the weights.
 
         Args:
-            scores: Of each weight, of its shape.
+            scores: Of each weight, of its shape; None for those that are not `scored`.
             sparsity: Fraction of zeros in [0, 1), a float or a scalar tensor.
             allocation: From `allocation.get`.
         """
-        if any(each.choose for each in self.structures):
-            pairs = zip(self.structures, scores, strict=True)
-            return [structure.choose(each, sparsity) for structure, each in pairs]
+        if any(members[0].structure.choose for members in self.groups):
+            own = (members[0].structure for members in self.groups)
+            return [each.choose(x, sparsity) for each, x in zip(own, scores, strict=True)]
         return self.spread(self.allocate(self.pool(scores), sparsity, allocation))
 
     def allocate(self, scores: Sequence[tf.Tensor], sparsity, allocation) -> list[tf.Tensor]:
         """Masks of each group's units, from their scores."""
-        return allocation(scores, sparsity, [self.shapes[members[0]] for members in self.groups])
+        shapes = [self.shapes[members[0].weight] for members in self.scored]
+        return allocation(scores, sparsity, shapes)
 
-    def pool(self, scores: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    def pool(self, scores: Sequence[tf.Tensor | None]) -> list[tf.Tensor]:
         """Scores of each group's units; those of several weights are averaged by size."""
-        return [self._pool(members, scores) for members in self.groups]
+        return [self._pool(members, scores) for members in self.scored]
 
     def _pool(self, members, scores):
         if len(members) == 1:
-            return self.structures[members[0]].pool(scores[members[0]])
-        pooled = [self.structures[i].pool(tf.cast(scores[i], tf.float32)) for i in members]
-        sizes = [tf.TensorShape(self.shapes[i]).num_elements() for i in members]
+            return members[0].structure.pool(scores[members[0].weight])
+        pooled = [each.structure.pool(tf.cast(scores[each.weight], tf.float32)) for each in members]
+        sizes = [each.structure.num_weights(self.shapes[each.weight]) for each in members]
         return tf.add_n([size * each for size, each in zip(sizes, pooled, strict=True)]) / sum(
             sizes
         )
 
     def spread(self, units: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         """Masks of each group's units to masks of the weights."""
-        masks = {
-            i: self.structures[i].spread(mask, self.shapes[i])
-            for members, mask in zip(self.groups, units, strict=True)
-            for i in members
-        }
+        masks: dict[int, tf.Tensor] = {}
+        for members, mask in zip(self.groups, units, strict=True):
+            for i, structure in ((each.weight, each.structure) for each in members):
+                own = structure.spread(mask, self.shapes[i])
+                masks[i] = tf.logical_and(masks[i], own) if i in masks else own
         return [masks[i] for i in range(len(self.shapes))]
 
 

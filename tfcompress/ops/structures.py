@@ -6,8 +6,10 @@ of consecutive weights, so that it chooses its masks itself.
 """
 
 import dataclasses
+import functools
 import math
 import re
+from collections.abc import Mapping, Sequence
 
 import keras
 import tensorflow as tf
@@ -82,6 +84,18 @@ class Structure(Value):
         (Channel(axis=-1), 'dense/kernel')
         """
         return self, path
+
+    def parts(self, path: str, shape) -> "list[tuple[Structure, str]] | str":
+        """`bind`, for each division of the weight into units: most structures have one.
+
+        A weight is kept where all of its parts keep it.
+        """
+        bound = self.bind(path, shape)
+        return bound if isinstance(bound, str) else [bound]
+
+    def num_weights(self, shape) -> int:
+        """How many weights of a weight of `shape` are in units: most structures take all."""
+        return math.prod(_dims(shape))
 
     def _missing(self, what):
         return f"{type(self).__name__} must define {what}."
@@ -337,10 +351,20 @@ class Block(_Grouped):
 class Channel(_Grouped):
     """One output channel, filter or neuron is a unit: a whole slice ([Li et al. 2017][1]).
 
+    With `groups` the units are what `tfcompress.shrink` can remove, each with all that belongs to
+    it in any weight: the columns that make a channel, its bias, gamma and beta, the rows that read
+    it, in every layer that is coupled by a residual connection ([Fang et al. 2023][2]).
+
     [1]: https://arxiv.org/abs/1608.08710
+    [2]: https://arxiv.org/abs/2301.12900
 
     Args:
         axis: The axis that counts the units; the last holds the outputs of Dense and convolutions.
+        groups: None, or the groups of one model, from `tfcompress.channel_groups(model)`: path of a
+            weight -> `{"axis": ..., "group": ..., "places": [...]}` for each of its axes.
+
+    Raises:
+        ValueError: `axis` with `groups`, which say it, or groups of another form.
 
     Example:
 
@@ -349,6 +373,57 @@ class Channel(_Grouped):
     """
 
     axis: int = -1
+    groups: Mapping[str, Sequence[Mapping]] | None = dataclasses.field(default=None, hash=False)
+
+    def __post_init__(self):
+        if self.groups is None:
+            return
+        if self.axis != -1 or not _are_groups(self.groups):
+            raise ValueError(
+                f"Channel takes axis, or groups as tfcompress.channel_groups(model) returns them; "
+                f"got axis={self.axis}, groups={str(self.groups)[:200]}."
+            )
+
+    def __repr__(self):
+        if self.groups is None:
+            return f"Channel(axis={self.axis})"
+        return f"Channel(groups=<of {len(self.groups)} weights>)"
+
+    def bind(self, path, shape):
+        """Itself; refused with `groups`, where a weight alone has no units."""
+        if self.groups is not None:
+            raise ValueError(
+                f"{self} makes units of several weights, which only callbacks.Pruning and "
+                "tfcompress.prune can keep together. Use them, or Channel() without groups."
+            )
+        return super().bind(path, shape)
+
+    def parts(self, path, shape):
+        """With `groups`: each axis of the weight that has units, and the name of its group."""
+        if self.groups is None:
+            return super().parts(path, shape)
+        dims = _dims(shape)
+        parts = []
+        for each in self.groups.get(path, ()):
+            part = _Part(each["axis"], tuple(each["places"]), self._sizes[each["group"]])
+            if not each["axis"] < len(dims) or dims[each["axis"]] != len(part.places):
+                raise ValueError(
+                    f"The groups have {len(part.places)} elements along axis {each['axis']} of "
+                    f"{path!r}, whose shape is {tuple(dims)}. Make them of this model, by "
+                    "tfcompress.channel_groups(model)."
+                )
+            parts.append((part, each["group"]))
+        return parts or "in none of the groups"
+
+    @functools.cached_property
+    def _sizes(self) -> dict[str, int]:
+        """Name of a group -> how many units it has."""
+        sizes: dict[str, int] = {}
+        for axes in self.groups.values():
+            for each in axes:
+                last = max(each["places"], default=-1)
+                sizes[each["group"]] = max(sizes.get(each["group"], 1), last + 1)
+        return sizes
 
     def spread(self, units: tf.Tensor, shape) -> tf.Tensor:
         """Give every weight the value of its channel."""
@@ -367,6 +442,68 @@ class Channel(_Grouped):
 
     def _split(self, values, fill):
         return tf.reshape(values, _around(values.shape, self.axis, self)), (0, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part(Structure):
+    """The units of a group along one axis of one weight.
+
+    Args:
+        axis: The axis.
+        places: For each element along it the unit it belongs to; -1 for none, which is kept.
+        size: How many units the group has.
+    """
+
+    axis: int
+    places: tuple[int, ...]
+    size: int
+
+    def num_units(self, shape) -> int:
+        """How many units the group has."""
+        return self.size
+
+    def reduce(self, values: tf.Tensor, how: str) -> tf.Tensor:
+        """One value for each unit: the "sum", "mean" or "max" of what its weights have."""
+        _check_how(how)
+        if values.dtype in (tf.float16, tf.bfloat16):
+            values = tf.cast(values, tf.float32)
+        along = {"sum": tf.reduce_sum, "mean": tf.reduce_sum, "max": tf.reduce_max}[how](
+            tf.reshape(values, _around(values.shape, self.axis, self)), (0, 2)
+        )
+        segment = tf.math.unsorted_segment_max if how == "max" else tf.math.unsorted_segment_sum
+        found = segment(along, tf.constant(self.places), self.size)
+        if how == "mean":
+            found /= tf.maximum(tf.cast(self.sizes(values.shape), found.dtype), 1)
+        return found
+
+    def spread(self, units: tf.Tensor, shape) -> tf.Tensor:
+        """Give every weight the value of its unit, True or 1 where it has none."""
+        dims = _dims(shape)
+        # One more unit, which those of no unit are in.
+        every = tf.concat([units, tf.ones([1], units.dtype)], 0)
+        places = [self.size if place < 0 else place for place in self.places]
+        ones = [1] * len(dims)
+        ones[self.axis] = dims[self.axis]
+        return tf.broadcast_to(tf.reshape(tf.gather(every, places), ones), dims)
+
+    def sizes(self, shape) -> tf.Tensor:
+        """How many weights each unit holds here."""
+        each = math.prod(_dims(shape)) // len(self.places)
+        has = [place for place in self.places if place >= 0]
+        return tf.math.unsorted_segment_sum(tf.fill([len(has)], float(each)), has, self.size)
+
+    def num_weights(self, shape) -> int:
+        """How many weights are in units."""
+        has = sum(place >= 0 for place in self.places)
+        return math.prod(_dims(shape)) // len(self.places) * has
+
+
+def _are_groups(groups) -> bool:
+    keys = {"axis", "group", "places"}
+    return isinstance(groups, Mapping) and all(
+        isinstance(axes, (list, tuple)) and all(keys <= set(each) for each in axes)
+        for axes in groups.values()
+    )
 
 
 @keras.saving.register_keras_serializable(package="tfcompress")

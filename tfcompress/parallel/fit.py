@@ -1,4 +1,4 @@
-"""Keras's own `compile` and `fit`, made to work under `tf.distribute.MirroredStrategy`."""
+"""Keras's own `compile` and `fit`, made to work on several devices and several machines."""
 
 import logging
 
@@ -6,7 +6,6 @@ import keras
 import tensorflow as tf
 
 from tfcompress.keras_hooks.distribute import batch_norms, distribute, undistribute
-from tfcompress.parallel.strategy import resolve
 from tfcompress.parallel.strategy import strategy as choose_strategy
 
 logger = logging.getLogger("tfcompress")
@@ -33,11 +32,24 @@ def prepare(
     started from Python; metrics shown within an epoch are means over the replicas, those of an
     epoch are exact.
 
-    Not covered: several workers are refused, since training over them was never tried. The tests
-    train under `MirroredStrategy` with 2 to 4 replicas on CPUs; GPUs and TPUs are taken, but no
-    test runs there, nor one of mixed precision, of a dataset that is distributed already, or of
-    a loss that divides by a mask (see above). XLA does not compile a `train_step` or `test_step`
-    of the model's own (a warning says so).
+    Under `MultiWorkerMirroredStrategy` every worker calls the same methods with the same data, of
+    which it takes its share. Keras knows nothing of several workers, so here the chief alone
+    writes: `ModelCheckpoint`, `BackupAndRestore`, `CSVLogger`, `TensorBoard`, `RemoteMonitor` and
+    `model.save`, `save_weights`, `export` do nothing elsewhere (which also leaves a
+    `ModelCheckpoint` there without `best`). What the callbacks wrote is there once `fit` returns,
+    on any worker. Backups are read by all, from a place that all see; workers that start from
+    different weights raise, all of them. They shuffle in the same order: where
+    `keras.utils.set_random_seed` was not called alike, with a seed of the chief's.
+
+    When a worker dies, the others raise `tf.errors.UnavailableError` or another of TensorFlow's
+    errors, and cannot go on: end them (by themselves they may take minutes to), and start all of
+    them anew. With `BackupAndRestore` listed first, and `shuffle=False`, they then end with the
+    weights of an undisturbed run.
+
+    Not covered: the tests train with 2 to 4 replicas on CPUs, in one process or in as many; GPUs
+    and TPUs are taken, but no test runs there, nor one of a dataset that is distributed already,
+    or of a loss that divides by a mask (see above). XLA does not compile a `train_step` or
+    `test_step` of the model's own (a warning says so).
 
     Args:
         model: Any Keras model, built or not, compiled or not. It is changed in place.
@@ -50,7 +62,8 @@ def prepare(
         The model. `tfcompress.parallel.release(model)` undoes it.
 
     Raises:
-        ValueError: The strategy is one of several workers, or one that Keras cannot train under.
+        ValueError: The strategy is one that Keras cannot train under, such as
+            `ParameterServerStrategy`; in `fit`: the workers start from different states.
 
     Example:
 
@@ -60,7 +73,6 @@ def prepare(
     """
     if strategy is None:
         strategy = _strategy_of(model)
-    _require_one_worker(strategy)
     strategy = choose_strategy(strategy)
     release(model)
     if strategy.num_replicas_in_sync == 1:
@@ -106,17 +118,6 @@ def _strategy_of(model):
     if model.distribute_strategy is not tf.distribute.get_strategy():
         return model.distribute_strategy
     return tf.distribute.get_strategy() if tf.distribute.has_strategy() else "auto"
-
-
-def _require_one_worker(which):
-    # A name is refused before its strategy is made, which would wait for the other workers.
-    name, why = resolve(which) if isinstance(which, str) else (None, "an object")
-    if name == "multi_worker" or isinstance(which, tf.distribute.MultiWorkerMirroredStrategy):
-        raise ValueError(
-            f"prepare got {which!r} ({why}), which is a MultiWorkerMirroredStrategy; it was never "
-            "tried with several workers. Expected a strategy of one machine: pass "
-            'tf.distribute.MirroredStrategy(), "mirrored" or "one_device".'
-        )
 
 
 def _synchronize(model):

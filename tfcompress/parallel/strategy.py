@@ -19,8 +19,8 @@ def strategy(which="auto", tpu: str | None = None) -> tf.distribute.Strategy:
     sees), a cluster of several workers in `TF_CONFIG`, several GPUs, one device. Each is made once
     a process: a second call returns the same object, since TensorFlow bears one only.
 
-    Not covered by tests: making a TPU's or a cluster's strategy, of which only the choice is
-    tested. `tfcompress.parallel.prepare` does not take a cluster's.
+    A cluster's must be made before TensorFlow does anything else, and waits for the other workers.
+    Not covered by tests: making a TPU's strategy, of which only the choice is tested.
 
     Args:
         which: `"auto"`, `"tpu"`, `"multi_worker"`, `"mirrored"`, `"one_device"`, or any strategy,
@@ -88,7 +88,7 @@ def choose(environment: Mapping[str, str], gpus: int, tpus: int, tpu=None) -> tu
         `(name, reason)`.
 
     Raises:
-        ValueError: `TF_CONFIG` is no JSON object.
+        ValueError: `TF_CONFIG` is no JSON object, or names parameter servers.
 
     Example:
 
@@ -110,13 +110,19 @@ def choose(environment: Mapping[str, str], gpus: int, tpus: int, tpu=None) -> tu
 def _workers(config: str | None) -> int:
     try:
         cluster = json.loads(config or "{}").get("cluster") or {}
-        return sum(len(cluster.get(job, ())) for job in ("chief", "worker"))
+        workers = sum(len(cluster.get(job, ())) for job in ("chief", "worker"))
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(
             f"TF_CONFIG is {config!r}; expected JSON such as "
             '{"cluster": {"worker": ["host1:port", "host2:port"]}, '
             f'"task": {{"type": "worker", "index": 0}}}}: {error}'
         ) from error
+    if cluster.get("ps"):
+        raise ValueError(
+            f"TF_CONFIG names parameter servers, {cluster['ps']}, under which Keras 3 cannot train."
+            ' Expected "worker" addresses alone; each worker keeps all weights.'
+        )
+    return workers
 
 
 @functools.cache

@@ -7,8 +7,8 @@ import tensorflow as tf
 
 from tfcompress.checks import check_one_of, check_sparsity, check_threshold
 from tfcompress.graph.inputs import input_norms, linear_kernels
-from tfcompress.graph.roles import Prunable, prunable
-from tfcompress.keras_hooks.walk import group_by_glob, select_kernels
+from tfcompress.graph.roles import Prunable, check_coupled, prunable, select
+from tfcompress.keras_hooks.walk import group_by_glob
 from tfcompress.ops import allocation as allocations
 from tfcompress.ops import criteria, structures
 from tfcompress.ops.masks import Units, apply_mask, threshold_mask
@@ -68,7 +68,16 @@ def prune(
     criterion, structure = criteria.get(criterion), structures.get(structure)
     check_one_of(structure.sparsity if sparsity is None else sparsity, threshold)
     _check_calibration(criterion, calibration)
-    selected, skipped = select_kernels(model, include, exclude)
+    reads = criteria.reads(criterion)
+    check_coupled(
+        structure,
+        sparsity=sparsity,
+        threshold=threshold,
+        criterion=None if reads in ("weights", "index") else reads,
+        include=include,
+        exclude=exclude,
+    )
+    selected, skipped = select(model, structure, include, exclude)
     if threshold is not None:
         check_threshold(threshold)
         masks = {path: threshold_mask(w.value, threshold) for path, w in selected.items()}

@@ -239,6 +239,11 @@ def sensitivity(
     criterion, structure = criteria.get(criterion), structures.get(structure)
     criteria.require(criterion, "tfcompress.sensitivity", "weights", "index", "batch_norm")
     sparsities = _check_sparsities(sparsities, structure)
+    if getattr(structure, "groups", None) is not None:
+        raise ValueError(
+            f"Sensitivity prunes one weight at a time, and the units of {structure} span several. "
+            'Pass structure="channel".'
+        )
     if mode not in ("auto", "min", "max"):
         raise ValueError(f'mode must be "auto", "min" or "max", got {mode!r}.')
     measure = _measure(model, data, metric)

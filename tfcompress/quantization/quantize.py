@@ -330,8 +330,11 @@ class _Wrapping:
         if not keras.backend.is_float_dtype(x.dtype):
             return x
         if name not in self.wrappers:
-            identity = keras.layers.Identity(name=name, dtype=x.dtype)
-            self.wrappers[name] = Quantize(identity, None, self.activations, **self.settings)
+            # Not the name of the operation: `strip` leaves both in one model.
+            identity = keras.layers.Identity(name=f"rounded_{name}", dtype=x.dtype)
+            self.wrappers[name] = Quantize(
+                identity, None, self.activations, name=f"quantize_{name}", **self.settings
+            )
         return self.wrappers[name](x)
 
 

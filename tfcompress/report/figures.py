@@ -412,6 +412,70 @@ def _sensitivity_size(shown: Curves) -> tuple[float, float]:
     return 4.6, 2.8 + 0.17 * -(-entries // 2)
 
 
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """The bytes that XLA's fused groups move, and would move without fusion."""
+
+    model: str
+    batch_size: int
+    kernels: tuple[int, int]
+    bytes: tuple[int, int]
+    groups: tuple[tuple[str, int, int], ...]
+
+
+def traffic(result: Any) -> Traffic:
+    """What is drawn of a `tfcompress.acceleration.FusionReport`, its `get_config()` or its JSON.
+
+    Example:
+
+    >>> group = {"layers": ["dense"], "bytes_before": 9, "bytes_after": 4}
+    >>> traffic({"model": "mlp", "batch_size": 1, "kernels_before": {"dot": 1, "add": 2},
+    ...          "kernels_after": {"fusion": 1}, "bytes_before": 20, "bytes_after": 10,
+    ...          "groups": [group]}).kernels
+    (3, 1)
+    """
+    config = result if isinstance(result, Mapping) else getattr(result, "get_config", dict)()
+    wanted = ("model", "batch_size", "kernels_before", "kernels_after", "bytes_before", "groups")
+    missing = [name for name in wanted if name not in config]
+    if missing or not config["groups"]:
+        raise ValueError(
+            f"Expected the result of tfcompress.acceleration.fusion_report with a fused group, or "
+            f"its get_config(); got {type(result).__name__} without "
+            f"{' and '.join(missing) or 'groups'}."
+        )
+    return Traffic(
+        config["model"],
+        config["batch_size"],
+        (sum(config["kernels_before"].values()), sum(config["kernels_after"].values())),
+        (config["bytes_before"], config["bytes_after"]),
+        tuple(
+            (", ".join(g["layers"]), g["bytes_before"], g["bytes_after"]) for g in config["groups"]
+        ),
+    )
+
+
+def _fusion(figure, shown: Traffic, used: Styles) -> None:
+    """Two bars a group: wide and pale is before, narrow and strong is after."""
+    axes, groups_ = figure.subplots(), shown.groups[:_MAX_LAYERS]
+    places = range(len(groups_))
+    before, after = ([group[i] / 1000 for group in groups_] for i in (1, 2))
+    axes.barh(places, before, height=0.8, color=used.colours["before"], label="apart")
+    axes.barh(places, after, height=0.4, color=used.colours["after"], label="fused")
+    axes.set_yticks(places, [_short(name) for name, *_ in groups_])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"kB moved for a batch of {shown.batch_size}")
+    axes.grid(True, axis="x")
+    figure.legend(loc="outside lower left", ncols=2)
+
+
+def _fusion_styles(shown: Traffic) -> Styles:
+    return Styles({"before": _NEUTRAL, "after": _COLOURS[0]}, {})
+
+
+def _fusion_size(shown: Traffic) -> tuple[float, float]:
+    return 4.6, 1.4 + 0.24 * min(len(shown.groups), _MAX_LAYERS)
+
+
 def _short(path: str) -> str:
     """The last two parts of a path, cut to fit beside a bar."""
     text = "/".join(path.split("/")[-2:])
@@ -423,3 +487,4 @@ ACCURACY_VS_LATENCY = Drawing(_accuracy_over_latency, _scatter_size)
 LAYER_SPARSITY = Drawing(_sparsity_bars, _bars_size)
 WEIGHT_HISTOGRAMS = Drawing(_histograms, _histograms_size)
 SENSITIVITY = Drawing(_sensitivity, _sensitivity_size, _curve_styles)
+FUSION = Drawing(_fusion, _fusion_size, _fusion_styles)

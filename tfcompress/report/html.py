@@ -12,7 +12,7 @@ from tfcompress.artefact import replacing
 from tfcompress.measure import Profile
 from tfcompress.optional import require
 from tfcompress.report import figures
-from tfcompress.report.rows import COLUMNS, formatted, groups, rows
+from tfcompress.report.rows import COLUMNS, bytes_text, formatted, groups, rows
 
 # Points of accuracy that a variant may lose and still be called out at the top of its section.
 _TOLERANCE = 0.01
@@ -41,6 +41,7 @@ def html(
     title: str = "Compression report",
     inputs: Mapping[str, Any] | None = None,
     sensitivity: Any = None,
+    fusion: Any = None,
 ) -> pathlib.Path:
     """Write a report as one self-contained HTML file.
 
@@ -54,13 +55,14 @@ def html(
         title: The heading.
         inputs: What the numbers come from (data, seed, options), shown as given.
         sensitivity: What `tfcompress.sensitivity` returned, or its `get_config()`, to be plotted.
+        fusion: What `tfcompress.acceleration.fusion_report` returned, or its `get_config()`.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: There are no profiles, the path cannot be written, or `sensitivity` is something
-            else.
+        ValueError: There are no profiles, the path cannot be written, or `sensitivity` or
+            `fusion` is something else.
         ImportError: jinja2 or matplotlib is missing.
 
     Example:
@@ -83,6 +85,7 @@ def html(
         inputs=_texts(inputs or {}),
         environments=_environments(profiles),
         sensitivity=None if sensitivity is None else _sensitivity(sensitivity),
+        fusion=None if fusion is None else _fusion(fusion),
     )
     with replacing(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
@@ -186,6 +189,16 @@ def _sensitivity(result: Any) -> Figure:
     title = f"{shown.metric} against the zeros in one weight at a time"
     text = f"{title}; most sensitive first: {', '.join(shown.most_sensitive)}"
     return _figure(title, drawing, shown, drawing.styles(shown), text)
+
+
+def _fusion(result: Any) -> Figure:
+    shown, drawing = figures.traffic(result), figures.FUSION
+    (before, after), (moved, left) = shown.kernels, map(bytes_text, shown.bytes)
+    title = (
+        f"{shown.model}: {before} kernels before fusion, {after} after; {moved} moved before, "
+        f"{left} after"
+    )
+    return _figure(title, drawing, shown, drawing.styles(shown))
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:

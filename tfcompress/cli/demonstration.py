@@ -1,16 +1,10 @@
-"""The command line: `tfcompress demo`."""
+"""`tfcompress demo`."""
 
 import enum
 import pathlib
 from typing import Annotated
 
 import typer
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    help="Compress and accelerate Keras 3 models on TensorFlow.",
-)
 
 
 class DemoModel(enum.StrEnum):
@@ -21,12 +15,6 @@ class DemoModel(enum.StrEnum):
     all = "all"
 
 
-@app.callback()
-def _commands() -> None:
-    """Compress and accelerate Keras 3 models on TensorFlow."""
-
-
-@app.command()
 def demo(
     model: Annotated[DemoModel, typer.Option(help="The model to compress.")] = DemoModel.all,
     output: Annotated[
@@ -43,8 +31,3 @@ def demo(
     except OSError as error:
         raise typer.BadParameter(str(error), param_hint="--output") from error
     demonstration.run(models, output, seed)
-
-
-def main() -> None:
-    """The entry point of the `tfcompress` command."""
-    app()

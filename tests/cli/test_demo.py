@@ -1,4 +1,4 @@
-"""The command line, run as a user runs it."""
+"""`tfcompress demo`, and the command as a program."""
 
 import subprocess
 import sys
