@@ -72,3 +72,25 @@ def free_ports(number) -> list[int]:
     for each in sockets:
         each.close()
     return ports
+
+
+def logical_cpus(number) -> None:
+    """Let TensorFlow have `number` devices; before it has started."""
+    import tensorflow as tf
+
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    devices = [tf.config.LogicalDeviceConfiguration()] * number
+    tf.config.set_logical_device_configuration(cpu, devices)
+
+
+def report_cases(check, cases, names) -> None:
+    """`check(case)` for the cases of these names, or all; say which held, and exit."""
+    failed = False
+    for name in names or cases:
+        try:
+            check(cases[name])
+            print(f"{name}: ok", flush=True)
+        except Exception as error:  # Every case is reported.
+            failed = True
+            print(f"{name}: {type(error).__name__}: {str(error)[:900]}", flush=True)
+    sys.exit(failed)

@@ -666,13 +666,7 @@ def _check_replaceable(path: pathlib.Path, holds: str, kind: str) -> None:
         raise ValueError(
             f"{str(path)!r} exists and is not {kind}, so it is not replaced. Pass a new directory."
         )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"Cannot write {str(path)!r}: {error.strerror}. Pass a path in a directory that exists "
-            "or can be made."
-        ) from error
+    _make_parent(path)
     if not os.access(path.parent, os.W_OK):
         raise ValueError(
             f"Cannot write {str(path)!r}: {str(path.parent)!r} is read-only. Pass a path in a "
@@ -680,7 +674,7 @@ def _check_replaceable(path: pathlib.Path, holds: str, kind: str) -> None:
         )
 
 
-def _check_writable(path: pathlib.Path) -> None:
+def _make_parent(path: pathlib.Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -688,6 +682,10 @@ def _check_writable(path: pathlib.Path) -> None:
             f"Cannot write {str(path)!r}: {error.strerror}. Pass a path in a directory that exists "
             "or can be made."
         ) from error
+
+
+def _check_writable(path: pathlib.Path) -> None:
+    _make_parent(path)
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise ValueError(
             f"Cannot write {str(path)!r}: it is a directory, or {str(path.parent)!r} is read-only. "

@@ -3,6 +3,7 @@
 The replicas are devices of this process, or the workers of the cluster in `TF_CONFIG`.
 """
 
+import functools
 import os
 import sys
 
@@ -12,6 +13,7 @@ import tensorflow as tf
 
 import tfcompress as tfc
 from tests.models import classification, compile_classifier, mlp
+from tests.processes import logical_cpus, report_cases
 from tfcompress import parallel
 from tfcompress.keras_hooks.distribute import replicas
 
@@ -176,23 +178,12 @@ def make_strategy(number):
     """Of this many replicas: workers where `TF_CONFIG` names them, else devices of this process."""
     if "TF_CONFIG" in os.environ:
         return parallel.strategy("multi_worker")
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    devices = [tf.config.LogicalDeviceConfiguration()] * number
-    tf.config.set_logical_device_configuration(cpu, devices)
+    logical_cpus(number)
     return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(number)])
 
 
 def main(number, *names):
-    strategy = make_strategy(number)
-    failed = False
-    for name in names or CASES:
-        try:
-            check(strategy, CASES[name])
-            print(f"{name}: ok", flush=True)
-        except Exception as error:  # Every case is reported.
-            failed = True
-            print(f"{name}: {type(error).__name__}: {str(error)[:700]}", flush=True)
-    sys.exit(failed)
+    report_cases(functools.partial(check, make_strategy(number)), CASES, names)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Models split over devices: `python -m tests.parallel.splits NUMBER [CASE ...]`."""
 
+import functools
 import sys
 
 import keras
@@ -9,6 +10,7 @@ from keras import layers
 
 from tests.models import mlp
 from tests.parallel.stages import features, gradients, held_bytes, tokens, transformer
+from tests.processes import logical_cpus, report_cases
 from tfcompress.parallel.tensor_parallel import TensorParallel
 
 SGD = keras.optimizers.SGD
@@ -69,18 +71,8 @@ def assert_close(ours, theirs):
 
 
 def main(number, *names):
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    devices = [tf.config.LogicalDeviceConfiguration()] * number
-    tf.config.set_logical_device_configuration(cpu, devices)
-    failed = False
-    for name in names or CASES:
-        try:
-            check(number, CASES[name])
-            print(f"{name}: ok", flush=True)
-        except Exception as error:  # Every case is reported.
-            failed = True
-            print(f"{name}: {type(error).__name__}: {str(error)[:900]}", flush=True)
-    sys.exit(failed)
+    logical_cpus(number)
+    report_cases(functools.partial(check, number), CASES, names)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Models in stages and on one device: `python -m tests.parallel.stages NUMBER [CASE ...]`."""
 
+import functools
 import sys
 import types
 
@@ -9,6 +10,7 @@ import tensorflow as tf
 from keras import layers
 
 from tests.models import classification, mlp
+from tests.processes import logical_cpus, report_cases
 from tfcompress.parallel import Balance, Pipeline
 
 SGD = keras.optimizers.SGD
@@ -209,18 +211,8 @@ def held_bytes(variables):
 
 
 def main(number, *names):
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    devices = [tf.config.LogicalDeviceConfiguration()] * number
-    tf.config.set_logical_device_configuration(cpu, devices)
-    failed = False
-    for name in names or CASES:
-        try:
-            check(number, CASES[name])
-            print(f"{name}: ok", flush=True)
-        except Exception as error:  # Every case is reported.
-            failed = True
-            print(f"{name}: {type(error).__name__}: {str(error)[:900]}", flush=True)
-    sys.exit(failed)
+    logical_cpus(number)
+    report_cases(functools.partial(check, number), CASES, names)
 
 
 if __name__ == "__main__":
