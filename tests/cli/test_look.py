@@ -107,6 +107,6 @@ def test_doctor_knows_the_extras():
     for extra, packages in EXTRAS.items():
         assert extra in declared, f"setup.cfg has no extra {extra}"
         named = re.findall(r"^[\w-]+", declared[extra], re.M)
-        distributions = {"sklearn": "scikit-learn", "yaml": "pyyaml"}
+        distributions = {"sklearn": "scikit-learn"}
         for package in packages:
             assert distributions.get(package, package).replace("_", "-") in named

@@ -749,3 +749,11 @@ def test_a_channel_of_one_weight_leaves_the_others_their_8_bits(tmp_path):
     artefact = export(model, tmp_path / "m.tflite", "int8", calibration=x)
     expected = model.predict(x, verbose=0)
     assert np.abs(artefact(x) - expected).max() < 0.03 * np.abs(expected).max()
+
+
+def test_a_relative_path_is_meant_from_where_the_caller_is_now(tmp_path, monkeypatch):
+    for name in ("first", "second"):  # The process that converts is started in the first.
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        export(mlp(), "m.tflite", precision="float32", verify_on=RNG.normal(size=(4, 8)))
+        assert [file.name for file in (tmp_path / name).iterdir()] == ["m.tflite"]

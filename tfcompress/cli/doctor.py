@@ -27,10 +27,14 @@ EXTRAS: dict[str, dict[str, str]] = {
     "openvino": {"openvino": "OpenVINO files"},
     "cluster": {"sklearn": "k-means for cluster"},
     "search": {"scipy": "mixed precision"},
-    "recipe": {"pydantic": "recipes", "yaml": "recipes"},
     "auto": {"optuna": "tfcompress auto"},
+    "launch": {"ray": "training by Ray Train"},
+    "tpu": {"jax": "the tests that compile for TPUs", "libtpu": "the same"},
 }
-_CORE = ("tfcompress", "tensorflow", "keras", "numpy", "networkx", "rich", "typer")
+_CORE = (
+    *("tfcompress", "tensorflow", "keras", "numpy", "networkx"),
+    *("pydantic", "PyYAML", "rich", "typer"),
+)
 
 
 @reported

@@ -77,7 +77,7 @@ def export_litert(
         _convert(
             {
                 "saved_model": str(workspace / "model"),
-                "output": str(temporary),
+                "output": str(temporary.absolute()),
                 "precision": "int8" if integer else precision.replace("int4", "dynamic"),
                 "calibration": calibrated,
             }
