@@ -46,7 +46,7 @@ def test_the_count_is_exact(weights, sparsity):
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
-@pytest.mark.parametrize("how", ["eager", "graph"])
+@pytest.mark.parametrize("how", [pytest.param("eager", marks=pytest.mark.slow), "graph"])
 def test_no_second_copy_of_the_weights_is_alive(allocation, how):
     """In processes of their own, whose peak memory is compared for small and for large weights."""
 

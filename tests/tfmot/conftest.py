@@ -10,7 +10,6 @@ from tests.processes import run_module
 @pytest.fixture(scope="session")
 def old(tmp_path_factory):
     """The directory that `tests/tfmot/old.py` filled, and what it told."""
-    pytest.importorskip("tf_keras")
     directory = tmp_path_factory.mktemp("old")
     result = run_module("tests.tfmot.old", directory)
     assert result.returncode == 0, result.stderr[-4000:]

@@ -10,8 +10,6 @@ from tests.tfmot import old as other
 from tfcompress.artefact import LiteRTRunner
 from tfcompress.layers import Prune
 
-pytest.importorskip("tensorflow_model_optimization")
-
 
 @pytest.mark.parametrize("name", other.SCHEDULES)
 def test_pruned_weights_and_losses_over_200_steps(old, name):
