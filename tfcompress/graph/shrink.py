@@ -328,11 +328,8 @@ class _Task:
         coupling = coupled.Coupling(flat)
         found = wanted_groups(model, coupling, include, exclude)
         self._graph = _Graph(flat, coupling, {group.name: group for group in found})
-        goal, amount = next(iter(given.items()))
-        self._goal = goal
-        self._amount = amount
-        if ratio is not None:
-            self._amount = _ratios(found, ratio, allocation)
+        self._goal = next(iter(given))
+        self._amount = given[self._goal] if ratio is None else _ratios(found, ratio, allocation)
         self._model, self._cost, self._verbose = model, cost, verbose
         self._criterion, self._data = criterion, data
         self._choice = {"round_to": round_to, "allocation": allocation}
